@@ -1,0 +1,182 @@
+package checkpoint
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Prefix is the name space of all annotations of stasis.
+const Prefix = "stasis.dev/"
+
+// Annotations that a user writes on a pod. Each may be narrowed to one
+// container by the suffix "/container.NAME", the convention of NRI plugins.
+const (
+	// AnnotationPolicy says when a container is dumped and restored: see [Policy].
+	AnnotationPolicy = Prefix + "policy"
+	// AnnotationKey is a stable identity within the namespace, for pods whose
+	// UID changes. Default: the pod's UID. See [ValidateKey].
+	AnnotationKey = Prefix + "key"
+	// AnnotationOnFailure says what happens when a restore cannot work: see [OnFailure].
+	AnnotationOnFailure = Prefix + "on-failure"
+	// AnnotationTCP says what becomes of established TCP connections: see [TCP].
+	AnnotationTCP = Prefix + "tcp"
+)
+
+// Annotations that only the daemon writes, into the OCI spec of a container.
+// Whatever a user put there is removed or overwritten.
+const (
+	// InternalPrefix is the reserved part of the name space.
+	InternalPrefix = Prefix + "internal."
+	// InternalPolicy is the resolved [Policy]; its presence makes the shim
+	// treat the container as opted in.
+	InternalPolicy = InternalPrefix + "policy"
+	// InternalKey is the resolved key.
+	InternalKey = InternalPrefix + "key"
+	// InternalOnFailure is the resolved [OnFailure].
+	InternalOnFailure = InternalPrefix + "on-failure"
+	// InternalTCP is the resolved [TCP].
+	InternalTCP = InternalPrefix + "tcp"
+	// InternalImageDigest is the digest of the container's OCI image.
+	InternalImageDigest = InternalPrefix + "image-digest"
+	// InternalCheckpointID names the checkpoint that the daemon found for the
+	// container; the shim looks it up in its own store and checks it again.
+	InternalCheckpointID = InternalPrefix + "checkpoint-id"
+)
+
+// CRIUConfigAnnotation makes runc hand a configuration file to CRIU
+// (runc, libcontainer/criu_linux.go, handleCriuConfigurationFile). Only the
+// shim may set it: options there override everything else.
+const CRIUConfigAnnotation = "org.criu.config"
+
+// MaxAnnotationBytes bounds the value of an annotation of ours.
+const MaxAnnotationBytes = 256
+
+// Policy says when a container is dumped and restored.
+type Policy string
+
+const (
+	// PolicyOff leaves the container alone.
+	PolicyOff Policy = "off"
+	// PolicyResume dumps at each stop and restores at the next create of the
+	// same identity.
+	PolicyResume Policy = "resume"
+	// PolicyReboot dumps only while the node is being prepared for a reboot.
+	PolicyReboot Policy = "reboot"
+)
+
+// OnFailure says what happens when a restore cannot work.
+type OnFailure string
+
+const (
+	// OnFailureColdStart starts the container as if there were no checkpoint.
+	OnFailureColdStart OnFailure = "cold-start"
+	// OnFailureFail lets the start of the container fail.
+	OnFailureFail OnFailure = "fail"
+)
+
+// TCP says what becomes of established TCP connections.
+type TCP string
+
+const (
+	// TCPClose restores established connections as closed sockets.
+	TCPClose TCP = "close"
+	// TCPKeep restores established connections; it needs an unchanged address.
+	TCPKeep TCP = "keep"
+)
+
+// Settings are the annotations of one container, resolved.
+type Settings struct {
+	Policy    Policy    `json:"policy"`
+	Key       string    `json:"key,omitempty"`
+	OnFailure OnFailure `json:"onFailure,omitempty"`
+	TCP       TCP       `json:"tcp,omitempty"`
+}
+
+// OptedIn reports whether stasis acts on the container at all.
+func (s Settings) OptedIn() bool { return s.Policy == PolicyResume || s.Policy == PolicyReboot }
+
+// ParseSettings resolves the user's annotations of a pod for one container.
+// A container's own form wins over the pod's. An absent policy means off. On
+// an unknown or oversized value it returns an error wrapping [ErrInvalid] that
+// names the annotation, and settings that leave the container alone.
+func ParseSettings(annotations map[string]string, container string) (Settings, error) {
+	off := Settings{Policy: PolicyOff}
+	get := func(name string) (string, error) {
+		key := name + "/container." + container
+		v, ok := annotations[key]
+		if !ok {
+			key = name
+			v = annotations[key]
+		}
+		if len(v) > MaxAnnotationBytes {
+			return "", fmt.Errorf("annotation %s: %d bytes, at most %d are allowed: %w", name, len(v), MaxAnnotationBytes, ErrInvalid)
+		}
+		return v, nil
+	}
+	s := Settings{Policy: PolicyOff, OnFailure: OnFailureColdStart, TCP: TCPClose}
+	v, err := get(AnnotationPolicy)
+	if err != nil {
+		return off, err
+	}
+	switch p := Policy(v); p {
+	case "", PolicyOff:
+		return off, nil
+	case PolicyResume, PolicyReboot:
+		s.Policy = p
+	default:
+		return off, fmt.Errorf("annotation %s: unknown value %q, want resume, reboot or off: %w", AnnotationPolicy, v, ErrInvalid)
+	}
+	if v, err = get(AnnotationOnFailure); err != nil {
+		return off, err
+	}
+	switch f := OnFailure(v); f {
+	case "":
+	case OnFailureColdStart, OnFailureFail:
+		s.OnFailure = f
+	default:
+		return off, fmt.Errorf("annotation %s: unknown value %q, want cold-start or fail: %w", AnnotationOnFailure, v, ErrInvalid)
+	}
+	if v, err = get(AnnotationTCP); err != nil {
+		return off, err
+	}
+	switch t := TCP(v); t {
+	case "":
+	case TCPClose, TCPKeep:
+		s.TCP = t
+	default:
+		return off, fmt.Errorf("annotation %s: unknown value %q, want close or keep: %w", AnnotationTCP, v, ErrInvalid)
+	}
+	if s.Key, err = get(AnnotationKey); err != nil {
+		return off, err
+	}
+	if s.Key != "" {
+		if err := ValidateKey(s.Key); err != nil {
+			return off, fmt.Errorf("annotation %s: %w", AnnotationKey, err)
+		}
+	}
+	return s, nil
+}
+
+// ValidateKey checks a key: 1 to 128 of a-z, A-Z, 0-9, '.', '_', '-', beginning
+// with a letter or digit and without "..", so that it is harmless wherever it
+// is printed.
+func ValidateKey(key string) error {
+	if key == "" || len(key) > 128 {
+		return fmt.Errorf("key of %d bytes, want 1 to 128: %w", len(key), ErrInvalid)
+	}
+	for i, c := range []byte(key) {
+		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !alnum && (i == 0 || c != '.' && c != '_' && c != '-') {
+			return fmt.Errorf("key %q: want letters, digits, '.', '_' or '-': %w", key, ErrInvalid)
+		}
+	}
+	if strings.Contains(key, "..") {
+		return fmt.Errorf("key %q contains \"..\": %w", key, ErrInvalid)
+	}
+	return nil
+}
+
+// Reserved reports whether an annotation may be set by stasis only.
+func Reserved(name string) bool {
+	return strings.HasPrefix(name, InternalPrefix) || name == CRIUConfigAnnotation
+}

@@ -1,0 +1,83 @@
+// Package event is the node's durable log of what stasis did and why: one JSON
+// object per line, appended by shims and daemon alike, read by `stasis events`
+// and turned into metrics by the daemon.
+//
+// Invariants: an event is one write(2) of one line to a file opened with
+// O_APPEND, so lines of several writers never mix; a reader skips lines that it
+// cannot decode; the daemon rotates the file, and writers open it anew for each
+// event, so no writer holds a rotated file for long.
+package event
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+)
+
+// FileName is the log's name within the store's root directory.
+const FileName = "events.jsonl"
+
+// Type says what happened.
+type Type string
+
+// The types of events.
+const (
+	Dumped      Type = "dumped"         // a checkpoint was committed
+	DumpFailed  Type = "dump-failed"    // the container got its signal instead; Reason says why
+	Restored    Type = "restored"       // a container goes on from a checkpoint
+	ColdStart   Type = "cold-start"     // a checkpoint was there, but not used; Reason says why
+	RestoreFail Type = "restore-failed" // strict: the start was made to fail
+	Quarantined Type = "quarantined"    // a checkpoint was set aside for study
+	Ignored     Type = "ignored"        // an annotation was refused
+	Removed     Type = "removed"        // a checkpoint was removed, by whom Reason says
+)
+
+// Event is one line of the log. Empty fields do not apply.
+type Event struct {
+	Time         time.Time            `json:"time"`
+	Type         Type                 `json:"type"`
+	Identity     *checkpoint.Identity `json:"identity,omitempty"`
+	PodName      string               `json:"podName,omitempty"`
+	PodUID       string               `json:"podUID,omitempty"`
+	SandboxID    string               `json:"sandboxID,omitempty"`
+	ContainerID  string               `json:"containerID,omitempty"`
+	CheckpointID checkpoint.ID        `json:"checkpointID,omitempty"`
+	Reason       string               `json:"reason,omitempty"`
+	// ReasonCode is one of a small set, fit for a metric's label: "missing",
+	// "corrupt", "mismatch", "incompatible", "criu", "no-space", "busy",
+	// "unsupported", "timeout", "aborted", "invalid", "crash-loop", "internal".
+	ReasonCode     string              `json:"reasonCode,omitempty"`
+	DurationMicros int64               `json:"durationMicros,omitempty"`
+	SizeBytes      int64               `json:"sizeBytes,omitempty"`
+	Timings        *checkpoint.Timings `json:"timings,omitempty"`
+}
+
+const maxReason = 2048
+
+// Append writes the event to the log under root, the store's root directory,
+// setting Time where it is zero.
+func Append(root string, e Event) error {
+	if e.Time.IsZero() {
+		e.Time = time.Now().UTC()
+	}
+	if len(e.Reason) > maxReason {
+		e.Reason = e.Reason[:maxReason] + "..."
+	}
+	line, err := json.Marshal(e)
+	if err != nil {
+		return fmt.Errorf("event: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(root, FileName), os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("event: %w", err)
+	}
+	if _, err := f.Write(append(line, '\n')); err != nil {
+		f.Close()
+		return fmt.Errorf("event: %w", err)
+	}
+	return f.Close()
+}

@@ -1,0 +1,109 @@
+package checkpoint
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"sort"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// Fingerprint maps the name of each compared part of a container's OCI spec to
+// a hash of its value. Only what the application can notice is in it: not the
+// container's id, the kubelet's attempt, cgroup paths, resource limits, the
+// sources of mounts, or namespace paths.
+type Fingerprint map[string]string
+
+// ignoredEnv are set by the runtime from the pod's name and change with it.
+var ignoredEnv = map[string]bool{"HOSTNAME": true}
+
+// ComputeFingerprint takes the fingerprint of a container's spec.
+func ComputeFingerprint(s *specs.Spec) Fingerprint {
+	f := Fingerprint{}
+	put := func(name string, v any) {
+		b, err := json.Marshal(v)
+		if err != nil { // only channels, functions and the like cannot be marshalled
+			panic(fmt.Sprintf("fingerprint of %s: %v", name, err))
+		}
+		sum := sha256.Sum256(b)
+		f[name] = hex.EncodeToString(sum[:8])
+	}
+	if p := s.Process; p != nil {
+		put("args", p.Args)
+		put("cwd", p.Cwd)
+		put("terminal", p.Terminal)
+		put("user", p.User)
+		put("capabilities", p.Capabilities)
+		put("noNewPrivileges", p.NoNewPrivileges)
+		put("apparmor", p.ApparmorProfile)
+		put("selinux", p.SelinuxLabel)
+		var env []string
+		for _, e := range p.Env {
+			name, _, _ := strings.Cut(e, "=")
+			if !ignoredEnv[name] {
+				env = append(env, e)
+			}
+		}
+		sort.Strings(env)
+		put("env", env)
+	}
+	if s.Root != nil {
+		put("readonlyRootfs", s.Root.Readonly)
+	}
+	type mount struct {
+		Destination, Type string
+		ReadOnly          bool
+	}
+	var mounts []mount
+	for _, m := range s.Mounts {
+		mounts = append(mounts, mount{m.Destination, m.Type, slices.Contains(m.Options, "ro")})
+	}
+	sort.Slice(mounts, func(i, j int) bool { return mounts[i].Destination < mounts[j].Destination })
+	put("mounts", mounts)
+	if l := s.Linux; l != nil {
+		put("seccomp", l.Seccomp)
+		put("maskedPaths", l.MaskedPaths)
+		put("readonlyPaths", l.ReadonlyPaths)
+		put("sysctl", l.Sysctl)
+		type ns struct {
+			Type   specs.LinuxNamespaceType
+			Joined bool
+		}
+		var nss []ns
+		for _, n := range l.Namespaces {
+			nss = append(nss, ns{n.Type, n.Path != ""})
+		}
+		sort.Slice(nss, func(i, j int) bool { return nss[i].Type < nss[j].Type })
+		put("namespaces", nss)
+		put("uidMappings", l.UIDMappings)
+		put("gidMappings", l.GIDMappings)
+		var devices []string
+		for _, d := range l.Devices {
+			devices = append(devices, fmt.Sprintf("%s %s %d:%d", d.Path, d.Type, d.Major, d.Minor))
+		}
+		sort.Strings(devices)
+		put("devices", devices)
+	}
+	return f
+}
+
+// Diff lists the parts, sorted by name, in which the two fingerprints differ.
+func (f Fingerprint) Diff(g Fingerprint) []string {
+	var d []string
+	for k, v := range f {
+		if g[k] != v {
+			d = append(d, k)
+		}
+	}
+	for k := range g {
+		if _, ok := f[k]; !ok {
+			d = append(d, k)
+		}
+	}
+	sort.Strings(d)
+	return d
+}
