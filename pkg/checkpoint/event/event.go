@@ -71,7 +71,7 @@ func Append(root string, e Event) error {
 	if err != nil {
 		return fmt.Errorf("event: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(root, FileName), os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_CLOEXEC, 0o600)
+	f, err := os.OpenFile(filepath.Join(root, FileName), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return fmt.Errorf("event: %w", err)
 	}
