@@ -58,11 +58,10 @@ func ReadDumpStats(dir string) (DumpStats, error) {
 // Inventory is what an image directory says about itself. CRIU's own version
 // is not in it: that is recorded in the manifest.
 type Inventory struct {
-	ImageVersion uint32        `json:"imageVersion"`
-	DumpUptime   time.Duration `json:"dumpUptime"` // CLOCK_BOOTTIME at the dump
-	RunID        string        `json:"runID,omitempty"`
-	LSM          string        `json:"lsm"` // "none", "selinux", "apparmor"
-	TCPClose     bool          `json:"tcpClose"`
+	ImageVersion uint32 `json:"imageVersion"`
+	RunID        string `json:"runID,omitempty"`
+	LSM          string `json:"lsm"` // "none", "selinux", "apparmor"
+	TCPClose     bool   `json:"tcpClose"`
 }
 
 // ReadInventory reads inventory.img.
@@ -83,7 +82,6 @@ func (d *images) inventory() (Inventory, error) {
 	}
 	inv := Inventory{
 		ImageVersion: e.GetImgVersion(),
-		DumpUptime:   time.Duration(e.GetDumpUptime()) * time.Microsecond,
 		TCPClose:     e.GetTcpClose(),
 	}
 	switch l := e.GetLsmtype(); l {
