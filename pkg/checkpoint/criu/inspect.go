@@ -255,6 +255,9 @@ func (d *images) mappings(p *Process, files *fileTable) error {
 			Start: v.GetStart(), End: v.GetEnd(), SizeBytes: v.GetEnd() - v.GetStart(),
 			Prot: protName(v), Kind: mappingKind(v.GetStatus()),
 		}
+		if m.Kind == "anon" && v.GetStart() <= e.GetMmStartStack() && e.GetMmStartStack() < v.GetEnd() {
+			m.Kind = "stack"
+		}
 		if v.GetStatus()&(vmaFilePrivate|vmaFileShared) != 0 {
 			if f, ok := files.byID[uint32(v.GetShmid())]; ok && v.GetShmid() <= 1<<32-1 {
 				m.Path = f.path
