@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -91,4 +92,49 @@ func replaceAt(dirfd int, name string, data []byte) error {
 		err = &os.PathError{Op: "rename", Path: name, Err: err}
 	}
 	return errors.Join(err, unix.Unlinkat(dirfd, tmp, 0))
+}
+
+// LinkImages makes dir, mode 0700, a second view of an image directory, for a
+// restore that changes images: CRIU follows the links, and the originals stay
+// as their checksums say, should they be needed again. The images that
+// [RewriteHostname] changes are copies. dir must not exist; after an error the
+// caller removes what there is of it.
+func LinkImages(imageDir, dir string) error {
+	d, err := openImages(imageDir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	abs, err := filepath.Abs(imageDir)
+	if err != nil {
+		return fmt.Errorf("link images: %w", err)
+	}
+	names, err := d.names("*")
+	if err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return fmt.Errorf("link images: %w", err)
+	}
+	for _, name := range names {
+		f, size, err := openRegular(d.fd, name, -1)
+		if err != nil {
+			return fmt.Errorf("image: %w", err)
+		}
+		if uts, _ := filepath.Match("utsns-*.img", name); !uts {
+			err = os.Symlink(filepath.Join(abs, name), filepath.Join(dir, name))
+		} else if size > maxEntryBytes {
+			err = d.corrupt(name, "%d bytes", size)
+		} else {
+			b := make([]byte, size)
+			if _, err = io.ReadFull(f, b); err == nil {
+				err = os.WriteFile(filepath.Join(dir, name), b, 0o600)
+			}
+		}
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("link images: %w", err)
+		}
+	}
+	return nil
 }

@@ -1,0 +1,218 @@
+package restore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+)
+
+// Code says in one word why a checkpoint was refused; it is the reason code of
+// an event.
+type Code string
+
+// The codes of refusals.
+const (
+	Mismatch     Code = "mismatch"     // of another container, image or spec
+	Incompatible Code = "incompatible" // this node or spec cannot take it
+	Corrupt      Code = "corrupt"      // not as it was written
+	Missing      Code = "missing"      // gone since it was claimed
+	Invalid      Code = "invalid"      // the request is not acceptable
+	CrashLooping Code = "crash-loop"   // restored before, and died soon
+	Aborted      Code = "aborted"      // the context ended
+	Internal     Code = "internal"     // reading or writing failed
+)
+
+// Refusal is the only error of [Prepare].
+type Refusal struct {
+	Code Code
+	Err  error
+}
+
+func (r *Refusal) Error() string { return fmt.Sprintf("checkpoint refused (%s): %v", r.Code, r.Err) }
+func (r *Refusal) Unwrap() error { return r.Err }
+
+// refuse finds the code that fits an error.
+func refuse(err error) *Refusal {
+	code := Internal
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		code = Aborted
+	case errors.Is(err, checkpoint.ErrCorrupt):
+		code = Corrupt
+	case errors.Is(err, checkpoint.ErrIncompatible):
+		code = Incompatible
+	case errors.Is(err, checkpoint.ErrInvalid):
+		code = Invalid
+	case errors.Is(err, checkpoint.ErrNotFound), errors.Is(err, os.ErrNotExist):
+		code = Missing
+	}
+	return &Refusal{Code: code, Err: err}
+}
+
+// Request is what is known of the container that is to be created, and the
+// checkpoint that was claimed for it.
+type Request struct {
+	// Dir is the claimed checkpoint's directory, Manifest its manifest, already
+	// validated.
+	Dir      string
+	Manifest *checkpoint.Manifest
+	// Verify reads the checkpoint as a whole and compares sizes and checksums.
+	Verify func(context.Context) error
+
+	// The live container.
+	Identity    checkpoint.Identity
+	ImageDigest string
+	Spec        *specs.Spec
+	Settings    checkpoint.Settings
+	Hostname    string // of the pod; empty leaves the recorded one
+	Host        checkpoint.Host
+
+	// MinUptime is how long a restored container must have lived before it was
+	// dumped again, see [CrashLoop]; 0 accepts all.
+	MinUptime time.Duration
+	// ImageDir is a directory to be made for the images of this restore, where
+	// nothing is yet. The caller removes it in the end, after a refusal too.
+	ImageDir string
+}
+
+// Plan is how to restore.
+type Plan struct {
+	// ImageDir holds the images for runc.
+	ImageDir string
+	// RootfsDiff is the file with the writable layer, empty without one.
+	RootfsDiff string
+	Volumes    []Volume
+	// CRIU is for the configuration file of the restore.
+	CRIU criu.ConfigOptions
+}
+
+// Volume is a memory-backed mount whose content is to be made again.
+type Volume struct {
+	Destination string      // in the container
+	Mount       specs.Mount // of the live spec
+	File        string      // layer file, absolute
+}
+
+// Prepare checks that a claimed checkpoint fits the container and node, in
+// this order: settings, identity, image digest, fingerprint of the spec, crash
+// loop, host, volumes, the checkpoint's files, and the rights of its tasks
+// against the spec. Then it makes the image directory and writes the pod's host
+// name into it. Its error is a *[Refusal].
+func Prepare(ctx context.Context, r Request) (*Plan, error) {
+	p, err := prepare(ctx, r)
+	if err == nil {
+		return p, nil
+	}
+	var refusal *Refusal
+	if !errors.As(err, &refusal) {
+		refusal = refuse(err)
+	}
+	return nil, refusal
+}
+
+func prepare(ctx context.Context, r Request) (*Plan, error) {
+	m := r.Manifest
+	if m == nil || r.Spec == nil || r.Verify == nil || r.ImageDir == "" {
+		return nil, fmt.Errorf("restore: incomplete request: %w", checkpoint.ErrInvalid)
+	}
+	if !r.Settings.OptedIn() {
+		return nil, fmt.Errorf("policy is %q: %w", r.Settings.Policy, checkpoint.ErrInvalid)
+	}
+	if err := r.match(); err != nil {
+		return nil, &Refusal{Code: Mismatch, Err: err}
+	}
+	if CrashLoop(m, r.MinUptime) {
+		return nil, &Refusal{Code: CrashLooping, Err: fmt.Errorf("dumped %d ms after its restore from %s, less than %v", m.UptimeMillis, m.RestoredFrom, r.MinUptime)}
+	}
+	if err := criu.CheckHost(m.Host, r.Host); err != nil {
+		return nil, fmt.Errorf("host: %w", err)
+	}
+	plan := &Plan{ImageDir: r.ImageDir}
+	for _, f := range m.Files {
+		if f.Path == checkpoint.RootfsDiffFile {
+			plan.RootfsDiff = filepath.Join(r.Dir, checkpoint.RootfsDiffFile)
+		}
+	}
+	for _, v := range m.Volumes {
+		mount, ok := mountAt(r.Spec, v.Destination)
+		if !ok {
+			return nil, &Refusal{Code: Mismatch, Err: fmt.Errorf("volume %s is not in the spec", v.Destination)}
+		}
+		plan.Volumes = append(plan.Volumes, Volume{Destination: v.Destination, Mount: mount, File: filepath.Join(r.Dir, filepath.FromSlash(v.File))})
+	}
+	if err := r.Verify(ctx); err != nil {
+		return nil, fmt.Errorf("verify: %w", err)
+	}
+	images := filepath.Join(r.Dir, checkpoint.ImageDir)
+	if err := criu.CheckAgainstSpec(images, r.Spec); err != nil {
+		return nil, err
+	}
+	inv, err := criu.ReadInventory(images)
+	if err != nil {
+		return nil, err
+	}
+	// What was dumped without its connections cannot be restored with them;
+	// the other way round it can.
+	tcp := r.Settings.TCP
+	if inv.TCPClose {
+		tcp = checkpoint.TCPClose
+	}
+	plan.CRIU = criu.RestoreOptions(tcp, false)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if err := criu.LinkImages(images, r.ImageDir); err != nil {
+		return nil, err
+	}
+	if r.Hostname != "" {
+		if err := criu.RewriteHostname(r.ImageDir, r.Hostname); err != nil {
+			return nil, err
+		}
+	}
+	return plan, nil
+}
+
+// match compares what names the container: a difference is no fault, but a
+// reason to start cold.
+func (r *Request) match() error {
+	m := r.Manifest
+	if m.Identity != r.Identity {
+		return fmt.Errorf("identity: the checkpoint is of %s, the container is %s", m.Identity, r.Identity)
+	}
+	if m.ImageDigest == "" || m.ImageDigest != r.ImageDigest {
+		return fmt.Errorf("image digest: the checkpoint is of %q, the container is of %q", m.ImageDigest, r.ImageDigest)
+	}
+	if len(m.Fingerprint) == 0 {
+		return errors.New("fingerprint: the checkpoint has none")
+	}
+	if diff := m.Fingerprint.Diff(checkpoint.ComputeFingerprint(r.Spec)); len(diff) > 0 {
+		return fmt.Errorf("spec: differs in %s", strings.Join(diff, ", "))
+	}
+	return nil
+}
+
+func mountAt(s *specs.Spec, destination string) (specs.Mount, bool) {
+	for _, m := range s.Mounts {
+		if path.Clean(m.Destination) == destination {
+			return m, true
+		}
+	}
+	return specs.Mount{}, false
+}
+
+// CrashLoop tells whether the dumped container had itself been restored and
+// lived less than minUptime since: restoring it again would only bring back
+// what made it stop.
+func CrashLoop(m *checkpoint.Manifest, minUptime time.Duration) bool {
+	return m.RestoredFrom != "" && minUptime > 0 && time.Duration(m.UptimeMillis)*time.Millisecond < minUptime
+}
