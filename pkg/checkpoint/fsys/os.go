@@ -61,7 +61,6 @@ func openRegular(path string, flags int) (*os.File, error) {
 	return f, nil
 }
 
-
 func (OS) Lstat(path string) (fs.FileInfo, error) { return os.Lstat(path) }
 
 func (OS) ReadDir(path string) ([]fs.DirEntry, error) {

@@ -52,7 +52,7 @@ func (s *Store) Claim(ctx context.Context, id checkpoint.ID, containerID string)
 		err = s.fs.SyncDir(s.path(claimedDir, id.IdentityHash()))
 	}
 	if err == nil {
-		err = s.move(s.committedPath(id), c.dir)
+		err = s.moveInto(s.committedPath(id), c.dir)
 	}
 	if err != nil {
 		if there, lerr := s.exists(c.dir); lerr == nil && !there {

@@ -171,16 +171,21 @@ func (s *Store) exists(path string) (bool, error) {
 	return err == nil, err
 }
 
-// move renames a checkpoint's directory and makes that durable, or puts it back
-// and returns an error. The directory above the new place is made, the one above
-// the old place removed if it was the last in it. The lock is held.
+// move is moveInto after making the directory above the new place.
 func (s *Store) move(from, to string) error {
-	fromDir, toDir := filepath.Dir(from), filepath.Dir(to)
-	if s.ofIdentity(toDir) {
-		if err := s.mkdir(toDir); err != nil {
+	if dir := filepath.Dir(to); s.ofIdentity(dir) {
+		if err := s.mkdir(dir); err != nil {
 			return err
 		}
 	}
+	return s.moveInto(from, to)
+}
+
+// moveInto renames a checkpoint's directory and makes that durable, or puts it
+// back and returns an error. The directory above the old place is removed if
+// this was the last in it. The lock is held.
+func (s *Store) moveInto(from, to string) error {
+	fromDir, toDir := filepath.Dir(from), filepath.Dir(to)
 	if err := s.fs.Rename(from, to); err != nil {
 		s.removeIfEmpty(toDir)
 		return err
