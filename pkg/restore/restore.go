@@ -16,25 +16,21 @@ import (
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 )
 
-// Code says in one word why a checkpoint was refused; it is the reason code of
-// an event.
-type Code string
-
-// The codes of refusals.
+// The codes of refusals are reason codes of events.
 const (
-	Mismatch     Code = "mismatch"     // of another container, image or spec
-	Incompatible Code = "incompatible" // this node or spec cannot take it
-	Corrupt      Code = "corrupt"      // not as it was written
-	Missing      Code = "missing"      // gone since it was claimed
-	Invalid      Code = "invalid"      // the request is not acceptable
-	CrashLooping Code = "crash-loop"   // restored before, and died soon
-	Aborted      Code = "aborted"      // the context ended
-	Internal     Code = "internal"     // reading or writing failed
+	Mismatch     = "mismatch"     // of another container, image or spec
+	Incompatible = "incompatible" // this node or spec cannot take it
+	Corrupt      = "corrupt"      // not as it was written
+	Missing      = "missing"      // gone since it was claimed
+	Invalid      = "invalid"      // the request is not acceptable
+	CrashLooping = "crash-loop"   // restored before, and died soon
+	Aborted      = "aborted"      // the context ended
+	Internal     = "internal"     // reading or writing failed
 )
 
-// Refusal is the only error of [Prepare].
+// Refusal is the only error of [Prepare]. Code says in one word why.
 type Refusal struct {
-	Code Code
+	Code string
 	Err  error
 }
 
@@ -73,6 +69,9 @@ type Request struct {
 	Identity    checkpoint.Identity
 	ImageDigest string
 	Spec        *specs.Spec
+	// Fingerprint is of the spec as it was before anything of it was adapted
+	// to stasis; nil takes that of Spec.
+	Fingerprint checkpoint.Fingerprint
 	Settings    checkpoint.Settings
 	Hostname    string // of the pod; empty leaves the recorded one
 	Host        checkpoint.Host
@@ -195,7 +194,11 @@ func (r *Request) match() error {
 	if len(m.Fingerprint) == 0 {
 		return errors.New("fingerprint: the checkpoint has none")
 	}
-	if diff := m.Fingerprint.Diff(checkpoint.ComputeFingerprint(r.Spec)); len(diff) > 0 {
+	live := r.Fingerprint
+	if live == nil {
+		live = checkpoint.ComputeFingerprint(r.Spec)
+	}
+	if diff := m.Fingerprint.Diff(live); len(diff) > 0 {
 		return fmt.Errorf("spec: differs in %s", strings.Join(diff, ", "))
 	}
 	return nil
