@@ -521,6 +521,59 @@ func TestRewriteHostname(t *testing.T) {
 	}
 }
 
+func TestLinkImages(t *testing.T) {
+	images := copyImages(t)
+	bundle := filepath.Join(t.TempDir(), "a", "b")
+	if err := os.MkdirAll(bundle, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	// A path through a link, like /var/run.
+	alias := filepath.Join(t.TempDir(), "alias")
+	if err := os.Symlink(bundle, alias); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(alias, "images")
+	if err := LinkImages(images, dir); err != nil {
+		t.Fatal(err)
+	}
+	before, _ := os.ReadFile(images + "/utsns-12.img")
+	if err := RewriteHostname(dir, "web-1"); err != nil {
+		t.Fatal(err)
+	}
+	if after, _ := os.ReadFile(images + "/utsns-12.img"); !bytes.Equal(after, before) {
+		t.Error("the original was changed")
+	}
+	entries, err := os.ReadDir(images)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		target, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if e.Name() == "utsns-12.img" {
+			if err == nil {
+				t.Error("utsns-12.img is a link")
+			}
+			continue
+		}
+		if err != nil || filepath.IsAbs(target) {
+			t.Errorf("%s: link to %q, %v", e.Name(), target, err)
+		}
+		want, _ := os.ReadFile(filepath.Join(images, e.Name()))
+		if got, err := os.ReadFile(filepath.Join(dir, e.Name())); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: %v", e.Name(), err)
+		}
+	}
+	if err := LinkImages(images, dir); !errors.Is(err, os.ErrExist) {
+		t.Errorf("existing directory: %v", err)
+	}
+	if err := os.Symlink("/etc/passwd", images+"/core-9.img"); err != nil {
+		t.Fatal(err)
+	}
+	if err := LinkImages(images, dir+"2"); !errors.Is(err, checkpoint.ErrCorrupt) {
+		t.Errorf("image that is a link: %v", err)
+	}
+}
+
 func TestReadDumpStats(t *testing.T) {
 	s, err := ReadDumpStats(sample)
 	if err != nil {

@@ -99,21 +99,26 @@ func replaceAt(dirfd int, name string, data []byte) error {
 // as their checksums say, should they be needed again. The images that
 // [RewriteHostname] changes are copies. dir must not exist; after an error the
 // caller removes what there is of it.
+//
+// The links are relative. CRIU opens most images when its tasks already have
+// the container's root, relative to a descriptor of dir: an absolute link would
+// lead into the container and find nothing ("No pagemap-1.img image"), while
+// a relative one starts at dir, in the mount namespace where that was opened.
 func LinkImages(imageDir, dir string) error {
 	d, err := openImages(imageDir)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	abs, err := filepath.Abs(imageDir)
-	if err != nil {
-		return fmt.Errorf("link images: %w", err)
-	}
 	names, err := d.names("*")
 	if err != nil {
 		return err
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
+		return fmt.Errorf("link images: %w", err)
+	}
+	target, err := relative(dir, imageDir)
+	if err != nil {
 		return fmt.Errorf("link images: %w", err)
 	}
 	for _, name := range names {
@@ -122,7 +127,7 @@ func LinkImages(imageDir, dir string) error {
 			return fmt.Errorf("image: %w", err)
 		}
 		if uts, _ := filepath.Match("utsns-*.img", name); !uts {
-			err = os.Symlink(filepath.Join(abs, name), filepath.Join(dir, name))
+			err = os.Symlink(filepath.Join(target, name), filepath.Join(dir, name))
 		} else if size > maxEntryBytes {
 			err = d.corrupt(name, "%d bytes", size)
 		} else {
@@ -137,4 +142,19 @@ func LinkImages(imageDir, dir string) error {
 		}
 	}
 	return nil
+}
+
+// relative is the path that leads from the directory from to the directory to,
+// with no link on either side that would make ".." go elsewhere.
+func relative(from, to string) (string, error) {
+	for _, p := range []*string{&from, &to} {
+		real, err := filepath.EvalSymlinks(*p)
+		if err != nil {
+			return "", err
+		}
+		if *p, err = filepath.Abs(real); err != nil {
+			return "", err
+		}
+	}
+	return filepath.Rel(from, to)
 }
