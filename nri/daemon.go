@@ -91,11 +91,12 @@ type server struct {
 	jobs    chan job
 	started time.Time
 
-	criuBinary criuFile // of the main loop
+	criuBinary criuFile // of Run, then of collect
 	mu         sync.Mutex
 	lastTick   time.Time    // guarded by mu, as what follows
 	figures    storeFigures // of figuresAt
 	figuresAt  time.Time
+	nextList   time.Time // not before
 	lastGC     *GCReport
 	hostFacts  string
 }
@@ -129,6 +130,7 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	defer tail.Close()
+	s.writeHostFacts(ctx) // before any container can need them
 
 	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range listeners {
@@ -293,9 +295,8 @@ func (s *server) loop(ctx context.Context, tail *eventlog.Tailer) {
 	tick := time.NewTicker(tickInterval)
 	defer tick.Stop()
 	var lastErr string
-	skipped := 0
+	skipped, stale := 0, true
 	for {
-		stale := false
 		err := tail.Poll(func(e event.Event) {
 			s.metrics.observe(e)
 			stale = true
@@ -305,7 +306,9 @@ func (s *server) loop(ctx context.Context, tail *eventlog.Tailer) {
 		if err == nil {
 			_, err = eventlog.Rotate(s.config.Root, s.config.MaxLogBytes)
 		}
-		if ferr := s.refresh(ctx, stale); err == nil {
+		done, ferr := s.refresh(ctx, stale)
+		stale = stale && !done
+		if err == nil {
 			err = ferr
 		}
 		if msg := fmt.Sprint(err); err != nil && msg != lastErr && ctx.Err() == nil {
@@ -325,29 +328,35 @@ func (s *server) loop(ctx context.Context, tail *eventlog.Tailer) {
 	}
 }
 
-// refresh lists the store again if its figures are old or something happened.
-// In a large store that takes long, so it is done for a small part of the time.
-func (s *server) refresh(ctx context.Context, stale bool) error {
+// refresh lists the store again if its figures are old or something happened
+// since. In a large store that takes long, so it rests nine times as long.
+func (s *server) refresh(ctx context.Context, stale bool) (done bool, err error) {
+	start := time.Now()
 	s.mu.Lock()
-	age, known := time.Since(s.figuresAt), !s.figuresAt.IsZero()
+	wait := start.Before(s.nextList) || !stale && start.Sub(s.figuresAt) < figuresAge
 	s.mu.Unlock()
-	if known && !stale && age < figuresAge {
-		return nil
+	if wait {
+		return false, nil
 	}
+	defer func() {
+		s.mu.Lock()
+		s.nextList = time.Now().Add(9 * time.Since(start))
+		s.mu.Unlock()
+	}()
 	records, err := s.store.List(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 	free, err := s.store.FreeBytes()
 	if err != nil {
-		return err
+		return false, err
 	}
 	f := figures(records, free)
 	s.metrics.store(f)
 	s.mu.Lock()
 	s.figures, s.figuresAt = f, time.Now()
 	s.mu.Unlock()
-	return nil
+	return true, nil
 }
 
 // collect sweeps once, and then removes old checkpoints at each interval.
@@ -360,10 +369,10 @@ func (s *server) collect(ctx context.Context) {
 	tick := time.NewTicker(s.config.GCInterval)
 	defer tick.Stop()
 	for {
-		s.writeHostFacts(ctx)
 		s.gc(ctx)
 		select {
 		case <-tick.C:
+			s.writeHostFacts(ctx)
 		case <-ctx.Done():
 			return
 		}
