@@ -649,10 +649,19 @@ func TestConfig(t *testing.T) {
 		{DumpOptions(checkpoint.TCPClose), "tcp-close\nskip-in-flight\nfile-locks\next-unix-sk\nghost-limit 67108864\n"},
 		{DumpOptions(checkpoint.TCPKeep), "tcp-established\nskip-in-flight\nfile-locks\next-unix-sk\nghost-limit 67108864\n"},
 		{RestoreOptions(checkpoint.TCPClose, true), "tcp-close\nfile-locks\next-unix-sk\nlazy-pages\n"},
+		{ConfigOptions{TCPClose: true, SkipNetworkLock: true}, "tcp-close\nnetwork-lock skip\n"},
 		{ConfigOptions{Timeout: 1500 * time.Millisecond, LinkRemap: true, ShellJob: true}, "link-remap\nshell-job\ntimeout 2\n"},
 	} {
 		if got := Config(tc.o); got != tc.want {
 			t.Errorf("%+v: %q, want %q", tc.o, got, tc.want)
+		}
+	}
+}
+
+func TestCanSkipNetworkLock(t *testing.T) {
+	for version, want := range map[string]bool{"4.2.1": true, "4.3": true, "5.0": true, "4.2": false, "3.17.1": false, "": false, "git": false} {
+		if got := CanSkipNetworkLock(version); got != want {
+			t.Errorf("%q: %v", version, got)
 		}
 	}
 }
