@@ -1,0 +1,240 @@
+package shim
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/containerd/containerd/api/types"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+)
+
+// Annotations that containerd's CRI plugin writes into the spec
+// (internal/cri/annotations).
+const (
+	criSandboxNamespace = "io.kubernetes.cri.sandbox-namespace"
+	criSandboxName      = "io.kubernetes.cri.sandbox-name"
+	criSandboxUID       = "io.kubernetes.cri.sandbox-uid"
+	criSandboxID        = "io.kubernetes.cri.sandbox-id"
+	criContainerName    = "io.kubernetes.cri.container-name"
+	criImageName        = "io.kubernetes.cri.image-name"
+)
+
+const (
+	specFile       = "config.json"
+	criuConfigFile = "criu.conf"
+)
+
+// readAnnotations reads only the annotations of a bundle's spec: all that a
+// container which did not opt in is asked for.
+func readAnnotations(bundle string) (map[string]string, error) {
+	data, err := os.ReadFile(filepath.Join(bundle, specFile))
+	if err != nil {
+		return nil, err
+	}
+	var s struct {
+		Annotations map[string]string `json:"annotations"`
+	}
+	if err := json.Unmarshal(data, &s); err != nil {
+		return nil, fmt.Errorf("parse %s: %w", specFile, err)
+	}
+	return s.Annotations, nil
+}
+
+func readSpec(bundle string) (*specs.Spec, error) {
+	data, err := os.ReadFile(filepath.Join(bundle, specFile))
+	if err != nil {
+		return nil, err
+	}
+	var s specs.Spec
+	if err := json.Unmarshal(data, &s); err != nil {
+		return nil, fmt.Errorf("parse %s: %w", specFile, err)
+	}
+	return &s, nil
+}
+
+// setCRIUConfig makes runc use the bundle's own CRIU configuration file, or
+// removes the annotation when path is empty. Everything else in the spec is
+// kept as it is, known to us or not.
+func setCRIUConfig(bundle, path string) error {
+	name := filepath.Join(bundle, specFile)
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	var doc map[string]json.RawMessage
+	if err := json.Unmarshal(data, &doc); err != nil {
+		return fmt.Errorf("parse %s: %w", specFile, err)
+	}
+	annotations := map[string]string{}
+	if raw, ok := doc["annotations"]; ok {
+		if err := json.Unmarshal(raw, &annotations); err != nil {
+			return fmt.Errorf("parse annotations of %s: %w", specFile, err)
+		}
+	}
+	if path == "" {
+		delete(annotations, checkpoint.CRIUConfigAnnotation)
+	} else {
+		annotations[checkpoint.CRIUConfigAnnotation] = path
+	}
+	if doc["annotations"], err = json.Marshal(annotations); err != nil {
+		return err
+	}
+	if data, err = json.Marshal(doc); err != nil {
+		return err
+	}
+	// The bundle lies on tmpfs and dies with the container: no durability needed.
+	return os.WriteFile(name, data, 0o600)
+}
+
+// identityOf takes the identity from what CRI wrote and the daemon resolved.
+func identityOf(annotations map[string]string) (checkpoint.Identity, error) {
+	i := checkpoint.Identity{
+		Namespace: annotations[criSandboxNamespace],
+		Key:       annotations[checkpoint.InternalKey],
+		Container: annotations[criContainerName],
+	}
+	return i, i.Validate()
+}
+
+// settingsOf reads the daemon's annotations; unknown values are errors, for
+// the daemon never writes them.
+func settingsOf(annotations map[string]string) (checkpoint.Settings, error) {
+	return checkpoint.ParseSettings(map[string]string{
+		checkpoint.AnnotationPolicy:    annotations[checkpoint.InternalPolicy],
+		checkpoint.AnnotationKey:       annotations[checkpoint.InternalKey],
+		checkpoint.AnnotationOnFailure: annotations[checkpoint.InternalOnFailure],
+		checkpoint.AnnotationTCP:       annotations[checkpoint.InternalTCP],
+	}, "")
+}
+
+var errNoUpperDir = fmt.Errorf("the root file system is not an overlay with a writable layer (use the overlayfs snapshotter): %w", checkpoint.ErrUnsupported)
+
+// overlayDirs finds the writable layer and the work directory in the rootfs
+// mounts of a create request.
+func overlayDirs(mounts []*types.Mount) (upper, work string, err error) {
+	if len(mounts) != 1 || mounts[0].Type != "overlay" {
+		return "", "", errNoUpperDir
+	}
+	for _, o := range mounts[0].Options {
+		if v, ok := strings.CutPrefix(o, "upperdir="); ok {
+			upper = v
+		}
+		if v, ok := strings.CutPrefix(o, "workdir="); ok {
+			work = v
+		}
+	}
+	if !filepath.IsAbs(upper) || !filepath.IsAbs(work) {
+		return "", "", errNoUpperDir
+	}
+	return upper, work, nil
+}
+
+// volume is a memory-backed mount of a container whose content is part of its state.
+type volume struct {
+	destination string
+	source      string // on the host
+}
+
+// memoryVolumes lists the writable bind mounts whose source is the root of a
+// tmpfs of its own: the pod's /dev/shm and emptyDirs of medium Memory. A
+// directory inside a larger tmpfs is the host's, not the pod's.
+func memoryVolumes(s *specs.Spec) ([]volume, error) {
+	var vs []volume
+	for _, m := range s.Mounts {
+		if m.Type != "bind" && m.Type != "" || !filepath.IsAbs(m.Source) || hasOption(m.Options, "ro") {
+			continue
+		}
+		own, err := isTmpfsRoot(m.Source)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return nil, fmt.Errorf("volume %s: %w", m.Destination, err)
+		}
+		if own && !hostTmpfs[filepath.Clean(m.Source)] {
+			vs = append(vs, volume{destination: filepath.Clean(m.Destination), source: m.Source})
+		}
+	}
+	return vs, nil
+}
+
+// hostTmpfs are the node's own; a pod that mounts one shares it with the host.
+var hostTmpfs = map[string]bool{"/run": true, "/dev/shm": true, "/tmp": true, "/dev": true, "/run/lock": true, "/run/shm": true}
+
+func hasOption(options []string, want string) bool {
+	for _, o := range options {
+		if o == want {
+			return true
+		}
+	}
+	return false
+}
+
+func isTmpfsRoot(path string) (bool, error) {
+	var st, parent unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return false, &os.PathError{Op: "lstat", Path: path, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return false, nil
+	}
+	if err := unix.Lstat(filepath.Dir(filepath.Clean(path)), &parent); err != nil {
+		return false, &os.PathError{Op: "lstat", Path: filepath.Dir(path), Err: err}
+	}
+	if st.Dev == parent.Dev {
+		return false, nil
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return false, &os.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	return fs.Type == unix.TMPFS_MAGIC, nil
+}
+
+// hostnameOf returns the host name that a container with this spec sees.
+func hostnameOf(s *specs.Spec) (string, error) {
+	if s.Linux != nil {
+		for _, ns := range s.Linux.Namespaces {
+			if ns.Type == specs.UTSNamespace && ns.Path != "" {
+				return hostnameIn(ns.Path)
+			}
+		}
+	}
+	return s.Hostname, nil
+}
+
+// hostnameIn asks in the UTS namespace itself, on a thread that ends with it.
+func hostnameIn(path string) (string, error) {
+	type answer struct {
+		name string
+		err  error
+	}
+	ch := make(chan answer, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread has changed its namespace and must die
+		ch <- func() (a answer) {
+			f, err := os.Open(path)
+			if err != nil {
+				return answer{err: err}
+			}
+			defer f.Close()
+			if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWUTS); err != nil {
+				return answer{err: fmt.Errorf("enter uts namespace %s: %w", path, err)}
+			}
+			var u unix.Utsname
+			if err := unix.Uname(&u); err != nil {
+				return answer{err: fmt.Errorf("uname: %w", err)}
+			}
+			return answer{name: unix.ByteSliceToString(u.Nodename[:])}
+		}()
+	}()
+	a := <-ch
+	return a.name, a.err
+}

@@ -1,0 +1,177 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/cgroups/v3"
+	"github.com/containerd/cgroups/v3/cgroup1"
+	"github.com/containerd/cgroups/v3/cgroup2"
+	eventstypes "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/v2/core/runtime"
+	"github.com/containerd/containerd/v2/pkg/oom"
+	oomv1 "github.com/containerd/containerd/v2/pkg/oom/v1"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+)
+
+// cgroup is a container's cgroup of either version. The inner service has one
+// only for containers that runc created, not for restored ones, and cannot be
+// asked for it while it dumps.
+type cgroup struct {
+	v1 cgroup1.Cgroup
+	v2 *cgroup2.Manager
+}
+
+// loadCgroup finds the cgroup of a process.
+func loadCgroup(pid int) (*cgroup, error) {
+	if cgroups.Mode() == cgroups.Unified {
+		path, err := cgroup2.PidGroupPath(pid)
+		if err != nil {
+			return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
+		}
+		m, err := cgroup2.Load(path)
+		if err != nil {
+			return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
+		}
+		return &cgroup{v2: m}, nil
+	}
+	c, err := cgroup1.Load(cgroup1.PidPath(pid))
+	if err != nil {
+		return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
+	}
+	return &cgroup{v1: c}, nil
+}
+
+// stat returns the metrics in the type that the inner service would return.
+func (c *cgroup) stat() (any, error) {
+	if c.v2 != nil {
+		return c.v2.Stat()
+	}
+	return c.v1.Stat(cgroup1.IgnoreNotExist)
+}
+
+func (c *cgroup) pids() ([]uint32, error) {
+	var pids []uint32
+	if c.v2 != nil {
+		procs, err := c.v2.Procs(true)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range procs {
+			pids = append(pids, uint32(p))
+		}
+		return pids, nil
+	}
+	// The freezer is the hierarchy that runc always joins and that the dump
+	// itself depends on.
+	procs, err := c.v1.Processes(cgroup1.Freezer, true)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range procs {
+		pids = append(pids, uint32(p.Pid))
+	}
+	return pids, nil
+}
+
+func (c *cgroup) thaw() error {
+	if c.v2 != nil {
+		return c.v2.Thaw()
+	}
+	return c.v1.Thaw()
+}
+
+// killAll sends SIGKILL to every process of the cgroup. Done while frozen, no
+// process runs another instruction of its own after the thaw.
+func (c *cgroup) killAll() error {
+	if c.v2 != nil {
+		return c.v2.Kill()
+	}
+	pids, err := c.pids()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, p := range pids {
+		if err := unix.Kill(int(p), unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("kill %d: %w", p, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// memoryBytes is the memory in use, an upper bound of what a dump writes.
+func (c *cgroup) memoryBytes() (int64, error) {
+	if c.v2 != nil {
+		s, err := c.v2.Stat()
+		if err != nil {
+			return 0, err
+		}
+		return int64(s.GetMemory().GetAnon() + s.GetMemory().GetShmem() + s.GetMemory().GetSwapUsage()), nil
+	}
+	s, err := c.v1.Stat(cgroup1.IgnoreNotExist)
+	if err != nil {
+		return 0, err
+	}
+	m := s.GetMemory()
+	return int64(m.GetTotalRSS() + m.GetTotalMappedFile()), nil
+}
+
+// oomWatcher reports OOM kills of restored containers; those that runc created
+// are watched by the inner service.
+type oomWatcher struct {
+	publisher *publisher
+	v1        oom.Watcher // nil on cgroup v2
+}
+
+func newOOMWatcher(ctx context.Context, p *publisher) *oomWatcher {
+	w := &oomWatcher{publisher: p}
+	if cgroups.Mode() == cgroups.Unified {
+		return w
+	}
+	v1, err := oomv1.New(p)
+	if err != nil {
+		log.G(ctx).WithError(err).Error("no OOM events for restored containers")
+		return w
+	}
+	w.v1 = v1
+	go v1.Run(ctx) // ends with the shim's context
+	return w
+}
+
+func (w *oomWatcher) add(ctx context.Context, id string, c *cgroup) {
+	if c.v1 != nil {
+		if w.v1 != nil {
+			if err := w.v1.Add(id, c.v1); err != nil {
+				log.G(ctx).WithError(err).Error("watch oom events")
+			}
+		}
+		return
+	}
+	go w.watch2(context.WithoutCancel(ctx), id, c.v2)
+}
+
+// watch2 ends when the cgroup is removed, which closes the event channel's source.
+func (w *oomWatcher) watch2(ctx context.Context, id string, m *cgroup2.Manager) {
+	events, errs := m.EventChan()
+	var last uint64
+	for {
+		select {
+		case e := <-events:
+			if e.OOMKill <= last {
+				continue
+			}
+			last = e.OOMKill
+			if err := w.publisher.Publish(ctx, runtime.TaskOOMEventTopic, &eventstypes.TaskOOM{ContainerID: id}); err != nil {
+				log.G(ctx).WithError(err).Error("publish oom event")
+			}
+		case err := <-errs:
+			if err != nil {
+				log.G(ctx).WithError(err).Debug("oom watch ended")
+			}
+			return
+		}
+	}
+}

@@ -1,0 +1,21 @@
+// Package shim decorates containerd's runc task service with a dump when a
+// container is stopped and a restore when it is created again.
+//
+// The inner service does all of the work with the OCI runtime and is never
+// copied; a container that did not opt in is passed through untouched.
+//
+// Invariants:
+//
+//   - Every dump ends in one of two states: the checkpoint is committed and the
+//     container is dead, or the container was thawed and got its signal.
+//   - A freeze has one owner, the dump job, which thaws on every path that does
+//     not end in the container's death.
+//   - A checkpoint is claimed before Create answers, and consumed, released or
+//     quarantined before Start answers.
+//   - A panic would take the pod down, so nothing here indexes or converts
+//     what was not checked; helpers are never exec'ed, because the inner
+//     service reaps every child of the shim.
+//
+// Lock order: service.mu, then container.mu; neither is held across a call to
+// the inner service, CRIU or the disk.
+package shim

@@ -1,0 +1,464 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"github.com/containerd/typeurl/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/layer"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
+)
+
+var (
+	errAborted = errors.New("aborted by SIGKILL")
+	errCRIU    = errors.New("CRIU failed")
+)
+
+// dumpJob is the one dump that a container gets. It runs detached from the
+// call that began it: a caller that goes away must not leave half a dump.
+type dumpJob struct {
+	cancel context.CancelCauseFunc
+	done   chan struct{} // closed when the container is dead or has its signal
+	err    error         // of the final Kill; read after done
+}
+
+// beginDump starts the dump that precedes the first stop signal. It returns nil
+// where the signal is to be delivered without one, and first=false where a dump
+// was begun earlier.
+func (s *service) beginDump(ctx context.Context, c *container, r *taskAPI.KillRequest) (job *dumpJob, first bool) {
+	if !c.optedIn || c.settings.Policy != checkpoint.PolicyResume {
+		return nil, false
+	}
+	c.mu.Lock()
+	job = c.dump
+	started := !c.startedAt.IsZero()
+	c.mu.Unlock()
+	if job != nil || !started {
+		return job, false
+	}
+	state, err := s.TTRPCTaskService.State(ctx, &taskAPI.StateRequest{ID: c.id})
+	if err != nil || state.Status != task.Status_RUNNING {
+		return nil, false
+	}
+	deadline := time.Now().Add(s.config.DumpTimeout)
+	if d, ok := ctx.Deadline(); ok && d.Add(-s.config.CallerMargin).Before(deadline) {
+		deadline = d.Add(-s.config.CallerMargin)
+	}
+	jobCtx := namespaces.WithNamespace(log.WithLogger(s.ctx, log.G(ctx)), mustNamespace(ctx))
+	jobCtx, cancelCause := context.WithCancelCause(jobCtx)
+	jobCtx, cancel := context.WithDeadline(jobCtx, deadline)
+	job = &dumpJob{cancel: cancelCause, done: make(chan struct{})}
+	if !c.begin("dump", state) {
+		cancel()
+		return nil, false
+	}
+	c.mu.Lock()
+	c.dump = job
+	c.mu.Unlock()
+	go func() {
+		defer cancelCause(nil)
+		defer cancel()
+		defer close(job.done)
+		job.err = s.stop(jobCtx, c, r, int(state.Pid))
+	}()
+	return job, true
+}
+
+func mustNamespace(ctx context.Context) string {
+	ns, _ := namespaces.Namespace(ctx) // the inner service rejects a request without one
+	return ns
+}
+
+// abortDump ends a dump in progress in favour of SIGKILL and waits for its end.
+func (s *service) abortDump(ctx context.Context, c *container) {
+	c.mu.Lock()
+	job, cg := c.dump, c.cgroup
+	c.mu.Unlock()
+	if job == nil || isClosed(job.done) {
+		return
+	}
+	job.cancel(errAborted)
+	if cg != nil {
+		// CRIU gives up at once when its victims die.
+		if err := errors.Join(cg.killAll(), cg.thaw()); err != nil {
+			log.G(ctx).WithError(err).Debug("kill during dump")
+		}
+	}
+	t := time.NewTimer(s.config.CleanupTimeout)
+	defer t.Stop()
+	select {
+	case <-job.done:
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
+
+// stop dumps, commits and kills; where that cannot be done it thaws and passes
+// the signal on.
+func (s *service) stop(ctx context.Context, c *container, r *taskAPI.KillRequest, pid int) error {
+	start := time.Now()
+	m, err := s.dumpAndCommit(ctx, c, pid)
+	// From here on nothing may be cancelled by the caller.
+	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			err = fmt.Errorf("%w: %w", cause, err)
+		}
+		c.end()
+		s.event(cleanup, c, event.Event{
+			Type: event.DumpFailed, Reason: err.Error(), ReasonCode: reasonCode(err),
+			DurationMicros: time.Since(start).Microseconds(),
+		})
+		if errors.Is(err, errAborted) {
+			return nil // whoever aborted delivers SIGKILL
+		}
+		return s.kill(cleanup, r)
+	}
+	s.event(cleanup, c, event.Event{
+		Type: event.Dumped, CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes,
+		DurationMicros: time.Since(start).Microseconds(), Timings: &m.Timings,
+	})
+	// All processes die while they are still frozen: none may run on after
+	// its state was saved.
+	c.mu.Lock()
+	cg := c.cgroup
+	c.mu.Unlock()
+	if err := cg.killAll(); err != nil {
+		log.G(ctx).WithError(err).Warn("kill frozen processes")
+	}
+	c.end()
+	return s.kill(cleanup, &taskAPI.KillRequest{ID: c.id, Signal: uint32(unix.SIGKILL)})
+}
+
+func (s *service) kill(ctx context.Context, r *taskAPI.KillRequest) error {
+	_, err := s.TTRPCTaskService.Kill(ctx, r)
+	if err != nil && errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		return nil // it died meanwhile, which is what was wanted
+	}
+	return err
+}
+
+// dumpAndCommit leaves the container frozen with a committed checkpoint, or
+// running and without one.
+func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int) (_ *checkpoint.Manifest, err error) {
+	cg, err := loadCgroup(pid)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	c.cgroup = cg
+	c.mu.Unlock()
+	st, err := s.openStore()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.preflight(st, cg); err != nil {
+		return nil, err
+	}
+	release, err := acquireSlot(ctx, s.config.RuntimeDir, s.config.DumpSlots)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	m := s.newManifest(c)
+	if m.Lost, err = s.execs(ctx, c); err != nil {
+		return nil, err
+	}
+	stage, err := st.Stage(ctx, m.ID)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.writeCRIUConfig(criu.DumpOptions(c.settings.TCP)); err != nil {
+		return nil, errors.Join(err, stage.Abort())
+	}
+	begin := time.Now()
+	_, err = s.TTRPCTaskService.Pause(ctx, &taskAPI.PauseRequest{ID: c.id})
+	if err == nil {
+		m.Timings.FreezeMicros = time.Since(begin).Microseconds()
+		if err = s.fill(ctx, c, stage, m); err == nil {
+			err = stage.Commit(ctx, m)
+		}
+	} else {
+		err = fmt.Errorf("freeze: %w", errgrpc.ToNative(err))
+	}
+	if err == nil {
+		return m, nil
+	}
+	return nil, errors.Join(err, s.rollBack(ctx, c, cg, stage))
+}
+
+// rollBack thaws, whatever the state in which the failure left the container,
+// and removes the stage.
+func (s *service) rollBack(ctx context.Context, c *container, cg *cgroup, stage *store.Stage) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
+	// A CRIU that outlived its runc would freeze the container again at its
+	// own end (criu/seize.c, freezer_restore_state).
+	endProcessesIn(stage.Dir())
+	if _, err := s.TTRPCTaskService.Resume(ctx, &taskAPI.ResumeRequest{ID: c.id}); err != nil {
+		log.G(ctx).WithError(err).Debug("resume after failed dump")
+	}
+	var err error
+	for range 3 { // thawing twice is harmless, missing one is not
+		if err = cg.thaw(); err == nil || errors.Is(err, os.ErrNotExist) {
+			err = nil
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	if err != nil {
+		err = fmt.Errorf("thaw: %w", err)
+	}
+	return errors.Join(err, stage.Abort())
+}
+
+// endProcessesIn kills what still works in the directory and waits, within a
+// second, until it is gone. Only CRIU changes its directory to a stage.
+func endProcessesIn(dir string) {
+	for range 50 {
+		found := false
+		entries, err := os.ReadDir("/proc")
+		if err != nil {
+			return
+		}
+		for _, e := range entries {
+			pid, err := strconv.Atoi(e.Name())
+			if err != nil || pid == os.Getpid() {
+				continue
+			}
+			cwd, err := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
+			if err == nil && (cwd == dir || strings.HasPrefix(cwd, dir+"/")) {
+				found = true
+				unix.Kill(pid, unix.SIGKILL) // an error means that it is gone
+			}
+		}
+		if !found {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// preflight refuses what can be known to fail before anything is frozen.
+func (s *service) preflight(st *store.Store, cg *cgroup) error {
+	need, err := cg.memoryBytes()
+	if err != nil {
+		return fmt.Errorf("memory in use: %w", err)
+	}
+	free, err := st.FreeBytes()
+	if err != nil {
+		return err
+	}
+	if free < need+s.config.MinFreeBytes {
+		return fmt.Errorf("%s has %d MiB free, the dump needs about %d MiB: %w",
+			st.Root(), free>>20, (need+s.config.MinFreeBytes)>>20, checkpoint.ErrNoSpace)
+	}
+	return nil
+}
+
+// execs lists the exec processes of the container, which no checkpoint keeps.
+func (s *service) execs(ctx context.Context, c *container) ([]string, error) {
+	pids, err := s.TTRPCTaskService.Pids(ctx, &taskAPI.PidsRequest{ID: c.id})
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", errgrpc.ToNative(err))
+	}
+	var lost []string
+	for _, p := range pids.Processes {
+		if p.Info != nil {
+			lost = append(lost, "exec process "+strconv.Itoa(int(p.Pid)))
+		}
+	}
+	return lost, nil
+}
+
+func (s *service) newManifest(c *container) *checkpoint.Manifest {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	m := &checkpoint.Manifest{
+		FormatVersion: checkpoint.FormatVersion,
+		ID:            checkpoint.NewID(c.identity, now),
+		Identity:      c.identity,
+		CreatedAt:     now.UTC(),
+		PodName:       c.annotations[criSandboxName],
+		PodUID:        c.annotations[criSandboxUID],
+		SandboxID:     c.annotations[criSandboxID],
+		ContainerID:   c.id,
+		ImageName:     c.annotations[criImageName],
+		ImageDigest:   c.annotations[checkpoint.InternalImageDigest],
+		Settings:      c.settings,
+		Fingerprint:   c.fingerprint,
+		Generation:    1,
+		UptimeMillis:  now.Sub(c.startedAt).Milliseconds(),
+	}
+	if f := c.restoredFrom; f != nil {
+		m.Generation, m.RestoredFrom = f.Generation+1, f.ID
+	}
+	return m
+}
+
+// fill dumps the frozen container into the stage: processes, writable layer,
+// memory-backed volumes, spec.
+func (s *service) fill(ctx context.Context, c *container, stage *store.Stage, m *checkpoint.Manifest) error {
+	var err error
+	if m.Host, err = criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile)); err != nil {
+		return fmt.Errorf("host facts (is stasisd running?): %w", err)
+	}
+	if m.Hostname, err = hostnameOf(c.spec); err != nil {
+		return fmt.Errorf("host name: %w", err)
+	}
+	begin := time.Now()
+	if err := s.criuDump(ctx, c, stage.Dir(), m); err != nil {
+		return err
+	}
+	m.Timings.CRIUMicros = time.Since(begin).Microseconds()
+
+	begin = time.Now()
+	if m.Sizes.LayerBytes, err = captureFile(ctx, filepath.Join(stage.Dir(), checkpoint.RootfsDiffFile), c.upper); err != nil {
+		return fmt.Errorf("writable layer: %w", err)
+	}
+	volumes, err := memoryVolumes(c.spec)
+	if err != nil {
+		return err
+	}
+	if len(volumes) > 0 {
+		if err := os.Mkdir(filepath.Join(stage.Dir(), checkpoint.VolumeDir), 0o700); err != nil {
+			return err
+		}
+	}
+	for i, v := range volumes {
+		file := checkpoint.VolumeDir + "/" + strconv.Itoa(i) + ".layer"
+		n, err := captureFile(ctx, filepath.Join(stage.Dir(), file), v.source)
+		if err != nil {
+			return fmt.Errorf("volume %s: %w", v.destination, err)
+		}
+		m.Sizes.VolumeBytes += n
+		m.Volumes = append(m.Volumes, checkpoint.Volume{Destination: v.destination, File: file})
+	}
+	spec, err := json.Marshal(c.spec)
+	if err != nil {
+		return fmt.Errorf("spec: %w", err)
+	}
+	if err := writeNew(filepath.Join(stage.Dir(), checkpoint.SpecFile), spec); err != nil {
+		return err
+	}
+	m.Timings.CopyMicros = time.Since(begin).Microseconds()
+	return nil
+}
+
+// hostFactsFile is written by the daemon into the runtime directory.
+const hostFactsFile = "host.json"
+
+// criuDump lets runc dump the container and leave it frozen.
+func (s *service) criuDump(ctx context.Context, c *container, dir string, m *checkpoint.Manifest) error {
+	work := filepath.Join(dir, "work")
+	if err := os.Mkdir(work, 0o700); err != nil {
+		return err
+	}
+	opts, err := typeurl.MarshalAnyToProto(&options.CheckpointOptions{
+		OpenTcp:             c.settings.TCP == checkpoint.TCPKeep,
+		ExternalUnixSockets: true,
+		Terminal:            c.request.Terminal,
+		FileLocks:           true,
+		WorkPath:            work,
+	})
+	if err != nil {
+		return err
+	}
+	images := filepath.Join(dir, checkpoint.ImageDir)
+	_, err = s.TTRPCTaskService.Checkpoint(ctx, &taskAPI.CheckpointTaskRequest{ID: c.id, Path: images, Options: opts})
+	if err != nil {
+		lines, lerr := criu.LogErrors(filepath.Join(work, "dump.log"), 5)
+		if lerr != nil {
+			log.G(ctx).WithError(lerr).Debug("no dump log")
+		}
+		return fmt.Errorf("dump: %w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
+	}
+	if stats, err := criu.ReadDumpStats(work); err == nil {
+		m.Timings.FrozenMicros = stats.Frozen.Microseconds()
+	} else {
+		log.G(ctx).WithError(err).Debug("no dump statistics")
+	}
+	if m.Sizes.MemoryBytes, err = dirBytes(images); err != nil {
+		return err
+	}
+	// Keep the log and the statistics, under the names that checkpointctl knows.
+	for _, name := range []string{checkpoint.DumpLogFile, "stats-dump"} {
+		if err := os.Rename(filepath.Join(work, name), filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return os.RemoveAll(work)
+}
+
+// captureFile writes the tree under source as a layer file and returns its size.
+func captureFile(ctx context.Context, name, source string) (int64, error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	if _, err := layer.Capture(ctx, f, source); err != nil {
+		return 0, err
+	}
+	n, err := f.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return 0, err
+	}
+	return n, f.Close()
+}
+
+func writeNew(name string, data []byte) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write(data); err != nil {
+		f.Close()
+		return err
+	}
+	return f.Close()
+}
+
+func dirBytes(dir string) (int64, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, err
+	}
+	var n int64
+	for _, e := range entries {
+		fi, err := e.Info()
+		if err != nil {
+			return 0, err
+		}
+		n += fi.Size()
+	}
+	return n, nil
+}
+
+// writeCRIUConfig replaces the content of the file whose path is fixed in
+// runc's state for the container's life.
+func (c *container) writeCRIUConfig(o criu.ConfigOptions) error {
+	return os.WriteFile(filepath.Join(c.bundle, criuConfigFile), []byte(criu.Config(o)), 0o600)
+}

@@ -1,0 +1,52 @@
+package shim
+
+import (
+	"context"
+	"sync"
+
+	apievents "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/pkg/shim"
+)
+
+// publisher stands between the inner service and containerd. When a failed
+// restore is replaced by a cold start the inner service deletes one object and
+// makes another; containerd must not hear of the deletion, for to it the task
+// is the same.
+type publisher struct {
+	shim.Publisher
+
+	mu    sync.Mutex
+	muted map[string]int // container id -> TaskDelete events still to be dropped, guarded by mu
+}
+
+func (p *publisher) muteDelete(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.muted == nil {
+		p.muted = make(map[string]int)
+	}
+	p.muted[id]++
+}
+
+func (p *publisher) Publish(ctx context.Context, topic string, e events.Event) error {
+	if d, ok := e.(*apievents.TaskDelete); ok && p.drop(d.ContainerID) {
+		return nil
+	}
+	return p.Publisher.Publish(ctx, topic, e)
+}
+
+func (p *publisher) drop(id string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := p.muted[id]
+	switch n {
+	case 0:
+		return false
+	case 1:
+		delete(p.muted, id)
+	default:
+		p.muted[id] = n - 1
+	}
+	return true
+}

@@ -1,0 +1,314 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/layer"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
+	"github.com/stasis-containers/stasis/pkg/restore"
+)
+
+// createRestored claims the checkpoint and creates the container from it. It
+// returns nil, nil where the container is to be started cold instead; the
+// reason has been told.
+func (s *service) createRestored(ctx context.Context, c *container, rawID string) (*taskAPI.CreateTaskResponse, error) {
+	start := time.Now()
+	id, err := checkpoint.ParseID(rawID)
+	if err != nil {
+		return nil, s.refuse(ctx, c, "", nil, err)
+	}
+	ctx = withFields(ctx, log.Fields{"checkpoint_id": id})
+	st, err := s.openStore()
+	if err != nil {
+		return nil, s.refuse(ctx, c, id, nil, err)
+	}
+	claim, err := st.Claim(ctx, id, c.id)
+	if err != nil {
+		var corrupt *store.CorruptError
+		if errors.As(err, &corrupt) {
+			err = errors.Join(err, st.Quarantine(ctx, id, err.Error(), nil))
+		}
+		return nil, s.refuse(ctx, c, id, nil, err)
+	}
+	p := &pendingRestore{claim: claim, begun: start}
+	if err := s.prepareRestore(ctx, st, c, p); err != nil {
+		return nil, s.refuse(ctx, c, id, p, err)
+	}
+	r := proto.CloneOf(c.request)
+	r.Checkpoint = p.plan.ImageDir
+	resp, err := s.TTRPCTaskService.Create(ctx, r)
+	if err != nil {
+		return nil, s.refuse(ctx, c, id, p, fmt.Errorf("create: %w", errgrpc.ToNative(err)))
+	}
+	c.mu.Lock()
+	c.restore = p
+	c.mu.Unlock()
+	return resp, nil
+}
+
+// prepareRestore checks the claimed checkpoint against the container and lays
+// out what CRIU expects to find. What it did is undone by cleanRestore.
+func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *container, p *pendingRestore) error {
+	facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile))
+	if err != nil {
+		return fmt.Errorf("host facts (is stasisd running?): %w", err)
+	}
+	hostname, err := hostnameOf(c.spec)
+	if err != nil {
+		return fmt.Errorf("host name: %w", err)
+	}
+	m := p.claim.Manifest()
+	// The images of this restore are links to the claimed ones, except for the
+	// few that are rewritten: the checkpoint stays as it was verified. They lie
+	// in a stage, so that the daemon sweeps them if this shim dies.
+	if p.stage, err = st.Stage(ctx, m.ID); err != nil {
+		return err
+	}
+	r := restore.Request{
+		Dir:         p.claim.Dir(),
+		Manifest:    m,
+		Verify:      p.claim.Verify,
+		Identity:    c.identity,
+		ImageDigest: c.annotations[checkpoint.InternalImageDigest],
+		Spec:        c.spec,
+		Fingerprint: c.fingerprint,
+		Settings:    c.settings,
+		Hostname:    hostname,
+		Host:        facts,
+		ImageDir:    filepath.Join(p.stage.Dir(), "restore"),
+	}
+	// Only a restart in the same sandbox is the kubelet's answer to a
+	// container that fails; a new sandbox is somebody's wish.
+	if m.SandboxID == c.annotations[criSandboxID] {
+		r.MinUptime = s.config.MinUptime
+	}
+	if p.plan, err = restore.Prepare(ctx, r); err != nil {
+		return err
+	}
+	if err := s.applyLayers(ctx, c, p); err != nil {
+		return err
+	}
+	return c.writeCRIUConfig(p.plan.CRIU)
+}
+
+// applyLayers brings back the writable layer, before it is mounted, and the
+// memory-backed volumes. A volume that another container of the pod already
+// uses keeps what it holds.
+func (s *service) applyLayers(ctx context.Context, c *container, p *pendingRestore) error {
+	if p.plan.RootfsDiff != "" {
+		applied, err := applyFile(ctx, p.plan.RootfsDiff, c.upper, layer.Options{AllowDevices: true})
+		p.applied = append(p.applied, applied)
+		if err != nil {
+			return fmt.Errorf("writable layer: %w", err)
+		}
+	}
+	volumes, err := memoryVolumes(c.spec)
+	if err != nil {
+		return err
+	}
+	source := make(map[string]string, len(volumes))
+	for _, v := range volumes {
+		source[v.destination] = v.source
+	}
+	for _, v := range p.plan.Volumes {
+		src, ok := source[v.Destination]
+		if !ok {
+			return fmt.Errorf("volume %s is no longer memory-backed: %w", v.Destination, checkpoint.ErrIncompatible)
+		}
+		applied, err := applyFile(ctx, v.File, src, layer.Options{SkipExisting: true})
+		p.applied = append(p.applied, applied)
+		if err != nil {
+			return fmt.Errorf("volume %s: %w", v.Destination, err)
+		}
+	}
+	return nil
+}
+
+func applyFile(ctx context.Context, name, dir string, opt layer.Options) (layer.Applied, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return layer.Applied{}, err
+	}
+	defer f.Close()
+	return layer.Apply(ctx, f, dir, opt)
+}
+
+// cleanRestore undoes what prepareRestore did to the pod, so that a cold start
+// finds what it would have found without a checkpoint.
+func (s *service) cleanRestore(c *container, p *pendingRestore) error {
+	var errs []error
+	for _, a := range p.applied {
+		errs = append(errs, a.Undo())
+	}
+	p.applied = nil
+	// runc adds mount points to the root file system before it restores.
+	errs = append(errs, emptyDir(c.upper), emptyDir(c.work))
+	if p.stage != nil {
+		errs = append(errs, p.stage.Abort())
+	}
+	return errors.Join(errs...)
+}
+
+// emptyDir removes what is in the directory. The overlay's work directory may
+// hold a directory of mode 000 named work, which root removes all the same.
+func emptyDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	return errors.Join(errs...)
+}
+
+// refuse tells why a checkpoint was not used and puts it where it belongs. It
+// returns nil where the container is to be started cold, and the error that
+// fails the start where the pod asked for that.
+func (s *service) refuse(ctx context.Context, c *container, id checkpoint.ID, p *pendingRestore, err error) error {
+	code := reasonCode(err)
+	var refusal *restore.Refusal
+	if errors.As(err, &refusal) {
+		code = refusal.Code
+	}
+	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
+	if p != nil {
+		if cerr := s.cleanRestore(c, p); cerr != nil {
+			// A cold start on a half restored file system would be worse than none.
+			return errgrpc.ToGRPC(fmt.Errorf("container %q: %w; undo: %w", c.id, err, cerr))
+		}
+		s.setAside(cleanup, c, p, code, err)
+	}
+	e := event.Event{Type: event.ColdStart, CheckpointID: id, Reason: err.Error(), ReasonCode: code}
+	if c.settings.OnFailure == checkpoint.OnFailureFail {
+		e.Type = event.RestoreFail
+	}
+	s.event(cleanup, c, e)
+	if e.Type == event.RestoreFail {
+		return errgrpc.ToGRPC(fmt.Errorf("container %q: checkpoint %s cannot be restored and %s is %q: %w",
+			c.id, id, checkpoint.AnnotationOnFailure, checkpoint.OnFailureFail, err))
+	}
+	return nil
+}
+
+// setAside ends the claim of a checkpoint that was not restored. One that fits
+// another spec is given back; one that is damaged, or that CRIU refused, would
+// only fail again and is quarantined with the log.
+func (s *service) setAside(ctx context.Context, c *container, p *pendingRestore, code string, reason error) {
+	var err error
+	switch code {
+	case "corrupt", "incompatible", "crash-loop", "criu":
+		logs := map[string][]byte{}
+		if data, rerr := readTail(filepath.Join(c.bundle, "work", "restore.log"), 1<<20); rerr == nil {
+			logs["restore.log"] = data
+		}
+		if err = p.claim.Quarantine(ctx, reason.Error(), logs); err == nil {
+			s.event(ctx, c, event.Event{Type: event.Quarantined, CheckpointID: p.claim.ID(), Reason: reason.Error(), ReasonCode: code})
+		}
+	default:
+		err = p.claim.Release(ctx)
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Error("checkpoint stays claimed until the daemon sweeps")
+	}
+}
+
+func readTail(name string, limit int64) ([]byte, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if fi.Size() > limit {
+		if _, err := f.Seek(-limit, io.SeekEnd); err != nil {
+			return nil, err
+		}
+	}
+	return io.ReadAll(io.LimitReader(f, limit))
+}
+
+// startRestored lets runc restore, and starts the container cold where that
+// fails and the pod does not ask for strictness.
+func (s *service) startRestored(ctx context.Context, c *container, p *pendingRestore, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
+	m := p.claim.Manifest()
+	ctx = withFields(ctx, log.Fields{"checkpoint_id": m.ID})
+	resp, err := s.TTRPCTaskService.Start(ctx, r)
+	if err == nil {
+		c.mu.Lock()
+		c.restore, c.restoredFrom = nil, m
+		c.mu.Unlock()
+		if err := errors.Join(p.claim.Consume(ctx), c.writeCRIUConfig(criu.DumpOptions(c.settings.TCP)), p.stage.Abort()); err != nil {
+			log.G(ctx).WithError(err).Error("clean up after restore")
+		}
+		s.event(ctx, c, event.Event{
+			Type: event.Restored, CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes,
+			DurationMicros: time.Since(p.begun).Microseconds(),
+		})
+		return resp, nil
+	}
+	lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), 5)
+	if lerr != nil {
+		log.G(ctx).WithError(lerr).Debug("no restore log")
+	}
+	cause := fmt.Errorf("restore: %w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
+
+	end := c.beginExchange()
+	defer end()
+	s.publisher.muteDelete(c.id)
+	if _, err := s.TTRPCTaskService.Delete(ctx, &taskAPI.DeleteRequest{ID: c.id}); err != nil {
+		s.publisher.drop(c.id) // no event will come
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: delete after failed restore: %w", c.id, errors.Join(cause, errgrpc.ToNative(err))))
+	}
+	c.mu.Lock()
+	c.restore = nil
+	c.mu.Unlock()
+	if err := s.refuse(ctx, c, m.ID, p, cause); err != nil {
+		return nil, err
+	}
+	if err := c.writeCRIUConfig(criu.DumpOptions(c.settings.TCP)); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	if _, err := s.TTRPCTaskService.Create(ctx, c.request); err != nil {
+		return nil, err
+	}
+	return s.TTRPCTaskService.Start(ctx, r)
+}
+
+// abandonRestore gives back the claim of a container that was created from a
+// checkpoint and deleted without a start.
+func (s *service) abandonRestore(ctx context.Context, c *container) {
+	c.mu.Lock()
+	p := c.restore
+	c.restore = nil
+	c.mu.Unlock()
+	if p == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
+	if err := errors.Join(s.cleanRestore(c, p), p.claim.Release(ctx)); err != nil {
+		log.G(ctx).WithError(err).Error("give back checkpoint")
+	}
+}

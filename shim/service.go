@@ -1,0 +1,531 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"time"
+
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/containerd/v2/pkg/shim"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"github.com/containerd/typeurl/v2"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
+)
+
+var empty = &emptypb.Empty{}
+
+// service is the task service that containerd talks to. What it does not
+// mention goes to the embedded inner service.
+type service struct {
+	taskAPI.TTRPCTaskService
+
+	ctx       context.Context // the shim's lifetime
+	config    Config
+	publisher *publisher
+	oom       func() *oomWatcher
+	openStore func() (*store.Store, error)
+
+	mu         sync.Mutex
+	containers map[string]*container // guarded by mu
+}
+
+var _ shim.TTRPCService = (*service)(nil)
+
+func newService(ctx context.Context, inner taskAPI.TTRPCTaskService, p *publisher, config Config) *service {
+	return &service{
+		TTRPCTaskService: inner,
+		ctx:              ctx,
+		config:           config,
+		publisher:        p,
+		// Both are made at the first use: a pod without checkpoints needs neither.
+		oom:        sync.OnceValue(func() *oomWatcher { return newOOMWatcher(ctx, p) }),
+		openStore:  sync.OnceValues(func() (*store.Store, error) { return store.Open(fsys.OS{}, config.Root) }),
+		containers: make(map[string]*container),
+	}
+}
+
+// RegisterTTRPC implements shim.TTRPCService.
+func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
+	taskAPI.RegisterTTRPCTaskService(server, s)
+	return nil
+}
+
+func (s *service) lookup(id string) *container {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.containers[id]
+}
+
+func (s *service) forget(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.containers, id)
+}
+
+// settled looks the container up and waits until the inner service has it.
+// Nil without an error means that the container is not known here.
+func (s *service) settled(ctx context.Context, id string) (*container, error) {
+	c := s.lookup(id)
+	if c == nil {
+		return nil, nil
+	}
+	_, err := c.waitSettled(ctx)
+	return c, err
+}
+
+// free is settled, and refuses while an operation holds the container.
+func (s *service) free(ctx context.Context, id string) (*container, error) {
+	c, err := s.settled(ctx, id)
+	if c == nil || err != nil {
+		return nil, err
+	}
+	if op, _ := c.occupied(); op != "" {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: %s in progress, try again: %w", id, op, errdefs.ErrUnavailable))
+	}
+	return c, nil
+}
+
+// Create makes the container, from a checkpoint where the daemon named one
+// that may be used.
+func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (*taskAPI.CreateTaskResponse, error) {
+	ctx = withFields(ctx, log.Fields{"container_id": r.ID})
+	annotations, err := readAnnotations(r.Bundle)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("create container %q: %w", r.ID, err))
+	}
+	c := newContainer(r.ID)
+	c.bundle, c.annotations, c.request = r.Bundle, annotations, r
+	if _, ok := annotations[checkpoint.InternalPolicy]; ok && r.Checkpoint == "" {
+		if err := s.optIn(c); err != nil {
+			s.event(ctx, c, event.Event{Type: event.Ignored, Reason: err.Error(), ReasonCode: "invalid"})
+		}
+	}
+	if _, ok := annotations[checkpoint.CRIUConfigAnnotation]; ok && !c.optedIn {
+		// Only ours may reach CRIU: the file it names overrides everything.
+		if err := setCRIUConfig(r.Bundle, ""); err != nil {
+			return nil, errgrpc.ToGRPC(fmt.Errorf("create container %q: %w", r.ID, err))
+		}
+	}
+	s.mu.Lock()
+	s.containers[r.ID] = c
+	s.mu.Unlock()
+	resp, err := s.create(ctx, c)
+	if err != nil {
+		s.forget(r.ID)
+	}
+	return resp, err
+}
+
+func (s *service) create(ctx context.Context, c *container) (*taskAPI.CreateTaskResponse, error) {
+	if !c.optedIn {
+		return s.TTRPCTaskService.Create(ctx, c.request)
+	}
+	if id := c.annotations[checkpoint.InternalCheckpointID]; id != "" {
+		resp, err := s.createRestored(ctx, c, id)
+		if resp != nil || err != nil {
+			return resp, err
+		}
+	}
+	if err := c.writeCRIUConfig(criu.DumpOptions(c.settings.TCP)); err != nil {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("create container %q: %w", c.id, err))
+	}
+	return s.TTRPCTaskService.Create(ctx, c.request)
+}
+
+// optIn fills in what a container under a policy needs.
+func (s *service) optIn(c *container) error {
+	var err error
+	if c.settings, err = settingsOf(c.annotations); err != nil {
+		return err
+	}
+	if !c.settings.OptedIn() {
+		return nil
+	}
+	if c.identity, err = identityOf(c.annotations); err != nil {
+		return err
+	}
+	if c.spec, err = readSpec(c.bundle); err != nil {
+		return err
+	}
+	c.fingerprint = checkpoint.ComputeFingerprint(c.spec)
+	if c.upper, c.work, err = overlayDirs(c.request.Rootfs); err != nil {
+		return err
+	}
+	if err := setCRIUConfig(c.bundle, filepath.Join(c.bundle, criuConfigFile)); err != nil {
+		return err
+	}
+	c.optedIn = true
+	return nil
+}
+
+// Start starts the container or an exec process. A restore that fails here
+// becomes a cold start, unless the pod asked for strictness.
+func (s *service) Start(ctx context.Context, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
+	ctx = withFields(ctx, log.Fields{"container_id": r.ID})
+	if r.ExecID != "" {
+		if _, err := s.free(ctx, r.ID); err != nil {
+			return nil, err
+		}
+		return s.TTRPCTaskService.Start(ctx, r)
+	}
+	c, err := s.settled(ctx, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	if c == nil || !c.optedIn {
+		return s.TTRPCTaskService.Start(ctx, r)
+	}
+	c.mu.Lock()
+	p := c.restore
+	c.mu.Unlock()
+	var resp *taskAPI.StartResponse
+	if p != nil {
+		resp, err = s.startRestored(ctx, c, p, r)
+	} else {
+		resp, err = s.TTRPCTaskService.Start(ctx, r)
+	}
+	if err != nil {
+		return nil, err
+	}
+	cg, err := loadCgroup(int(resp.Pid))
+	if err != nil {
+		// The process may be gone already; the dump will load it again.
+		log.G(ctx).WithError(err).Debug("no cgroup after start")
+	}
+	c.mu.Lock()
+	c.startedAt, c.cgroup = time.Now(), cg
+	restored := c.restoredFrom != nil
+	c.mu.Unlock()
+	if restored && cg != nil {
+		s.oom().add(ctx, c.id, cg)
+	}
+	return resp, nil
+}
+
+// Delete removes a container or an exec process.
+func (s *service) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {
+	ctx = withFields(ctx, log.Fields{"container_id": r.ID})
+	var c *container
+	var err error
+	if r.ExecID == "" {
+		c, err = s.free(ctx, r.ID)
+	} else {
+		c, err = s.settled(ctx, r.ID)
+	}
+	if err != nil {
+		return nil, err
+	}
+	resp, err := s.TTRPCTaskService.Delete(ctx, r)
+	if r.ExecID == "" && c != nil && (err == nil || errdefs.IsNotFound(errgrpc.ToNative(err))) {
+		s.abandonRestore(ctx, c)
+		s.forget(r.ID)
+	}
+	return resp, err
+}
+
+// State answers from the record while an operation holds the inner service.
+func (s *service) State(ctx context.Context, r *taskAPI.StateRequest) (*taskAPI.StateResponse, error) {
+	if r.ExecID == "" {
+		c, err := s.settled(ctx, r.ID)
+		if err != nil {
+			return nil, err
+		}
+		if c != nil {
+			if op, state := c.occupied(); op != "" {
+				return state, nil
+			}
+		}
+	}
+	return s.TTRPCTaskService.State(ctx, r)
+}
+
+// Pids answers from the cgroup while an operation holds the inner service.
+func (s *service) Pids(ctx context.Context, r *taskAPI.PidsRequest) (*taskAPI.PidsResponse, error) {
+	c, err := s.settled(ctx, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	if cg := c.busyCgroup(); cg != nil {
+		pids, err := cg.pids()
+		if err != nil {
+			return nil, errgrpc.ToGRPC(err)
+		}
+		resp := &taskAPI.PidsResponse{}
+		for _, p := range pids {
+			resp.Processes = append(resp.Processes, &task.ProcessInfo{Pid: p})
+		}
+		return resp, nil
+	}
+	return s.TTRPCTaskService.Pids(ctx, r)
+}
+
+// Stats answers from the cgroup for restored containers, of which the inner
+// service knows none.
+func (s *service) Stats(ctx context.Context, r *taskAPI.StatsRequest) (*taskAPI.StatsResponse, error) {
+	c, err := s.settled(ctx, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	var cg *cgroup
+	if c != nil {
+		c.mu.Lock()
+		if c.restoredFrom != nil {
+			cg = c.cgroup
+		}
+		c.mu.Unlock()
+	}
+	if cg == nil {
+		return s.TTRPCTaskService.Stats(ctx, r)
+	}
+	stats, err := cg.stat()
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	data, err := typeurl.MarshalAny(stats)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	return &taskAPI.StatsResponse{Stats: typeurl.MarshalProto(data)}, nil
+}
+
+// busyCgroup returns the cgroup when an operation holds the container.
+func (c *container) busyCgroup() *cgroup {
+	if c == nil {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.busy == "" {
+		return nil
+	}
+	return c.cgroup
+}
+
+// Wait follows the container through the exchange of a failed restore for a
+// cold start.
+func (s *service) Wait(ctx context.Context, r *taskAPI.WaitRequest) (*taskAPI.WaitResponse, error) {
+	c := s.lookup(r.ID)
+	if c == nil || r.ExecID != "" {
+		return s.TTRPCTaskService.Wait(ctx, r)
+	}
+	for {
+		replaced, err := c.waitSettled(ctx)
+		if err != nil {
+			return nil, err
+		}
+		resp, err := s.waitUntil(ctx, r, replaced)
+		if err != nil && ctx.Err() == nil && isClosed(replaced) {
+			continue
+		}
+		return resp, err
+	}
+}
+
+func (s *service) waitUntil(ctx context.Context, r *taskAPI.WaitRequest, replaced <-chan struct{}) (*taskAPI.WaitResponse, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // ends with ctx, which this function cancels
+		select {
+		case <-replaced:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return s.TTRPCTaskService.Wait(ctx, r)
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
+}
+
+// Kill dumps an opted-in container before its first stop signal is delivered.
+func (s *service) Kill(ctx context.Context, r *taskAPI.KillRequest) (*emptypb.Empty, error) {
+	ctx = withFields(ctx, log.Fields{"container_id": r.ID})
+	c, err := s.settled(ctx, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	if c == nil || r.ExecID != "" {
+		return s.TTRPCTaskService.Kill(ctx, r)
+	}
+	switch unix.Signal(r.Signal) {
+	case 0:
+		return s.TTRPCTaskService.Kill(ctx, r)
+	case unix.SIGKILL:
+		s.abortDump(ctx, c)
+		return s.TTRPCTaskService.Kill(ctx, r)
+	}
+	job, first := s.beginDump(ctx, c, r)
+	if job == nil {
+		return s.TTRPCTaskService.Kill(ctx, r)
+	}
+	if !first {
+		// The stop is under way already; a dump that fails delivers its signal.
+		select {
+		case <-job.done:
+			return s.TTRPCTaskService.Kill(ctx, r)
+		default:
+			return empty, nil
+		}
+	}
+	select {
+	case <-job.done:
+		return empty, job.err
+	case <-ctx.Done():
+		// The caller went away; the job finishes or rolls back by itself.
+		return nil, ctx.Err()
+	}
+}
+
+// Checkpoint is the CRI call: the inner service does it, and the container
+// goes on answering meanwhile.
+func (s *service) Checkpoint(ctx context.Context, r *taskAPI.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	ctx = withFields(ctx, log.Fields{"container_id": r.ID})
+	c, err := s.free(ctx, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	if c == nil {
+		return s.TTRPCTaskService.Checkpoint(ctx, r)
+	}
+	state, err := s.TTRPCTaskService.State(ctx, &taskAPI.StateRequest{ID: r.ID})
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	if c.cgroup == nil && state.Pid > 0 {
+		c.cgroup, err = loadCgroup(int(state.Pid))
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	if !c.begin("checkpoint", state) {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: another checkpoint is in progress: %w", r.ID, errdefs.ErrUnavailable))
+	}
+	defer c.end()
+	start := time.Now()
+	if _, err = s.TTRPCTaskService.Checkpoint(ctx, r); err != nil {
+		log.G(ctx).WithError(err).Warn("checkpoint failed")
+		return nil, err
+	}
+	log.G(ctx).WithFields(log.Fields{"op": "checkpoint", "duration_ms": time.Since(start).Milliseconds()}).Info("container checkpointed")
+	return empty, nil
+}
+
+// What follows needs the inner service's lock of the container, so it is
+// refused, with an error that asks to try again, while an operation holds it.
+
+func (s *service) Exec(ctx context.Context, r *taskAPI.ExecProcessRequest) (*emptypb.Empty, error) {
+	if _, err := s.free(ctx, r.ID); err != nil {
+		return nil, err
+	}
+	return s.TTRPCTaskService.Exec(ctx, r)
+}
+
+func (s *service) Pause(ctx context.Context, r *taskAPI.PauseRequest) (*emptypb.Empty, error) {
+	if _, err := s.free(ctx, r.ID); err != nil {
+		return nil, err
+	}
+	return s.TTRPCTaskService.Pause(ctx, r)
+}
+
+func (s *service) Resume(ctx context.Context, r *taskAPI.ResumeRequest) (*emptypb.Empty, error) {
+	if _, err := s.free(ctx, r.ID); err != nil {
+		return nil, err
+	}
+	return s.TTRPCTaskService.Resume(ctx, r)
+}
+
+func (s *service) Update(ctx context.Context, r *taskAPI.UpdateTaskRequest) (*emptypb.Empty, error) {
+	if _, err := s.free(ctx, r.ID); err != nil {
+		return nil, err
+	}
+	return s.TTRPCTaskService.Update(ctx, r)
+}
+
+func (s *service) ResizePty(ctx context.Context, r *taskAPI.ResizePtyRequest) (*emptypb.Empty, error) {
+	if r.ExecID == "" {
+		if _, err := s.free(ctx, r.ID); err != nil {
+			return nil, err
+		}
+	}
+	return s.TTRPCTaskService.ResizePty(ctx, r)
+}
+
+// event writes to the node's log; a failure to do so is only logged, for it
+// must not change what happens to the container.
+func (s *service) event(ctx context.Context, c *container, e event.Event) {
+	if c.identity.Namespace != "" {
+		i := c.identity
+		e.Identity = &i
+	}
+	e.ContainerID = c.id
+	e.PodName, e.PodUID, e.SandboxID = c.annotations[criSandboxName], c.annotations[criSandboxUID], c.annotations[criSandboxID]
+	l := log.G(ctx).WithFields(log.Fields{
+		"sandbox_id": e.SandboxID, "checkpoint_id": e.CheckpointID, "op": e.Type,
+		"duration_ms": e.DurationMicros / 1000, "size_bytes": e.SizeBytes,
+	})
+	switch e.Type {
+	case event.Dumped:
+		l.Info("container dumped")
+	case event.Restored:
+		l.Info("container restored")
+	default:
+		l.WithField("reason", e.Reason).Warn("stasis did not act")
+	}
+	err := event.Append(s.config.Root, e)
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("event not written")
+	}
+}
+
+// reasonCode maps an error to one of the codes of package event.
+func reasonCode(err error) string {
+	switch {
+	case errors.Is(err, errAborted):
+		return "aborted"
+	case errors.Is(err, checkpoint.ErrCorrupt):
+		return "corrupt"
+	case errors.Is(err, checkpoint.ErrNotFound):
+		return "missing"
+	case errors.Is(err, checkpoint.ErrIncompatible):
+		return "incompatible"
+	case errors.Is(err, checkpoint.ErrNoSpace), errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return "no-space"
+	case errors.Is(err, checkpoint.ErrUnsupported):
+		return "unsupported"
+	case errors.Is(err, checkpoint.ErrBusy):
+		return "busy"
+	case errors.Is(err, checkpoint.ErrInvalid):
+		return "invalid"
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return "timeout"
+	case errors.Is(err, errCRIU):
+		return "criu"
+	}
+	return "internal"
+}
+
+func withFields(ctx context.Context, f log.Fields) context.Context {
+	return log.WithLogger(ctx, log.G(ctx).WithFields(f))
+}

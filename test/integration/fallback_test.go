@@ -1,0 +1,222 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+)
+
+// damage rewrites one file of a checkpoint. With forge the manifest is made to
+// agree, as an attacker or a bug of ours would, so that only CRIU can notice.
+func damage(t *testing.T, dir, pattern string, forge bool, change func([]byte) []byte) {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, pattern))
+	if err != nil || len(names) == 0 {
+		t.Fatalf("no %s in %s: %v", pattern, dir, err)
+	}
+	data, err := os.ReadFile(names[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	data = change(data)
+	if err := os.WriteFile(names[0], data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if !forge {
+		return
+	}
+	m := readManifest(t, dir)
+	rel, _ := filepath.Rel(dir, names[0])
+	for i := range m.Files {
+		if m.Files[i].Path == rel {
+			m.Files[i].SizeBytes = int64(len(data))
+			m.Files[i].CRC32C = fmt.Sprintf("%08x", crc32.Checksum(data, crc32.MakeTable(crc32.Castagnoli)))
+		}
+	}
+	b, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, checkpoint.ManifestFile), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func flip(b []byte) []byte { b[len(b)/2] ^= 0xff; return b }
+
+// TestColdStart makes restores impossible in every way and looks at what is
+// left: a container that started cold and behaves, a reason, a record where it
+// belongs. With the strict annotation the start fails instead.
+func TestColdStart(t *testing.T) {
+	env := func(c *cri.ContainerConfig) { c.Envs = []*cri.KeyValue{{Key: "NEW", Value: "1"}} }
+	for _, tc := range []struct {
+		name  string
+		spoil func(t *testing.T, dir string)
+		opt   ctrOption
+		code  string
+		place string // where the record is afterwards
+	}{
+		{"env changed", nil, env, "mismatch", "checkpoints"},
+		{"pages damaged", func(t *testing.T, dir string) { damage(t, dir, "checkpoint/pages-*.img", false, flip) }, nil, "corrupt", "quarantine"},
+		{"image missing", func(t *testing.T, dir string) {
+			m, _ := filepath.Glob(filepath.Join(dir, "checkpoint/pstree.img"))
+			if len(m) != 1 || os.Remove(m[0]) != nil {
+				t.Fatal("no pstree.img")
+			}
+		}, nil, "corrupt", "quarantine"},
+		{"manifest damaged", func(t *testing.T, dir string) {
+			if err := os.WriteFile(filepath.Join(dir, checkpoint.ManifestFile), []byte("{"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, nil, "corrupt", "quarantine"},
+		{"CRIU refuses", func(t *testing.T, dir string) {
+			damage(t, dir, "checkpoint/fdinfo-*.img", true, func(b []byte) []byte { return b[:len(b)-1] })
+		}, nil, "criu", "quarantine"},
+		{"cpu lacks a feature", func(t *testing.T, dir string) {
+			m := readManifest(t, dir)
+			m.Host.Arch = "riscv64"
+			b, _ := json.Marshal(m)
+			if err := os.WriteFile(filepath.Join(dir, checkpoint.ManifestFile), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, nil, "incompatible", "quarantine"},
+	} {
+		for _, strict := range []bool{false, true} {
+			name := tc.name
+			if strict {
+				name += ", strict"
+			}
+			t.Run(name, func(t *testing.T) {
+				n, key := newNode(t), uniqueKey(t)
+				a := annotate(key)
+				if strict {
+					a[checkpoint.AnnotationOnFailure] = "fail"
+				}
+				p := n.runPod(key, a)
+				c := p.start("c", "busybox", shell(counting))
+				c.mustExec("/bin/sh", "-c", "echo old >/old; echo old >/dev/shm/old")
+				c.waitCount(20)
+				c.stop(30)
+				rs := records(t, key)
+				if len(rs) != 1 {
+					t.Fatalf("%d records after the dump: %+v", len(rs), events(t, key))
+				}
+				id := filepath.Base(rs[0])
+				p.remove()
+				if tc.spoil != nil {
+					tc.spoil(t, rs[0])
+				}
+
+				p = n.runPod(key, a)
+				var opts []ctrOption
+				if tc.opt != nil {
+					opts = append(opts, tc.opt)
+				}
+				c, err := p.tryCreate("c", "busybox", shell(counting), opts...)
+				if err != nil {
+					t.Fatalf("create: %v", err)
+				}
+				err = c.tryStart()
+				if strict {
+					if err == nil {
+						t.Fatal("the start succeeded in spite of on-failure: fail")
+					}
+					wantEvent(t, key, event.RestoreFail, tc.code)
+					return
+				}
+				if err != nil {
+					t.Fatalf("start: %v", err)
+				}
+				wantEvent(t, key, event.ColdStart, tc.code)
+				c.waitCount(3)
+				if ns, _ := counts(c.log()); ns[0] != 1 {
+					t.Errorf("the first count is %d, want 1", ns[0])
+				}
+				if out := c.mustExec("/bin/sh", "-c", "ls /old /dev/shm/old 2>/dev/null | wc -l"); out != "0" {
+					t.Errorf("%s files of the old container are left", out)
+				}
+				if found, _ := filepath.Glob(filepath.Join(storeRoot, tc.place, "*", id)); len(found) == 0 {
+					if found, _ = filepath.Glob(filepath.Join(storeRoot, tc.place, id)); len(found) == 0 {
+						t.Errorf("the record %s is not in %s", id, tc.place)
+					}
+				}
+				if st := c.status(); st.State != cri.ContainerState_CONTAINER_RUNNING {
+					t.Errorf("state %v", st.State)
+				}
+				// The exit of the second object is seen by those who waited for the first.
+				c.stop(0)
+				if st := c.status(); st.State != cri.ContainerState_CONTAINER_EXITED || st.ExitCode != 137 {
+					t.Errorf("after SIGKILL: state %v, exit code %d", st.State, st.ExitCode)
+				}
+			})
+		}
+	}
+}
+
+// TestHostileAnnotations: what a pod writes into the reserved name space, or
+// writes badly, changes nothing, and what is refused is told.
+func TestHostileAnnotations(t *testing.T) {
+	huge := strings.Repeat("x", 200<<10) // the most that gRPC and NRI let through in good time
+	for _, tc := range []struct {
+		name        string
+		annotations map[string]string
+		ignored     bool
+	}{
+		{"reserved id", map[string]string{checkpoint.InternalCheckpointID: "../../etc", checkpoint.InternalPolicy: "resume", checkpoint.InternalKey: "k"}, false},
+		{"criu config", map[string]string{checkpoint.CRIUConfigAnnotation: "/tmp/evil.conf"}, false},
+		{"unknown policy", map[string]string{checkpoint.AnnotationPolicy: "always"}, true},
+		{"path as key", map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.AnnotationKey: "../../x"}, true},
+		{"huge value", map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.AnnotationKey: huge}, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := newNode(t)
+			name := uniqueKey(t)
+			p := n.runPod(name, tc.annotations)
+			c := p.start("c", "busybox", shell(`trap 'exit 7' TERM; while :; do sleep 0.05; done`))
+			for k := range c.specAnnotations() {
+				if checkpoint.Reserved(k) {
+					t.Errorf("annotation %s reached the runtime", k)
+				}
+			}
+			c.stop(30)
+			if st := c.status(); st.ExitCode != 7 {
+				t.Errorf("exit code %d, want 7: the signal must have been delivered", st.ExitCode)
+			}
+			if tc.ignored && !strings.Contains(allEvents(t), name) {
+				t.Error("no event tells that the annotation was ignored")
+			}
+		})
+	}
+}
+
+func allEvents(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(storeRoot, event.FileName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// specAnnotations reads the annotations of the container's OCI spec.
+func (c *ctr) specAnnotations() map[string]string {
+	c.p.n.t.Helper()
+	b, err := os.ReadFile(filepath.Join("/run/containerd/io.containerd.runtime.v2.task/k8s.io", c.id, "config.json"))
+	if err != nil {
+		c.p.n.t.Fatal(err)
+	}
+	var s struct{ Annotations map[string]string }
+	if err := json.Unmarshal(b, &s); err != nil {
+		c.p.n.t.Fatal(err)
+	}
+	return s.Annotations
+}

@@ -1,0 +1,198 @@
+package integration
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+)
+
+// faults is how often each of the three processes is killed; the sum is at
+// least one hundred.
+const faults = 34
+
+func daemonPID(t *testing.T, name string) int {
+	t.Helper()
+	b, err := os.ReadFile("/run/" + name + ".pid")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
+// shimPIDs finds the shims of a sandbox.
+func shimPIDs(sandbox string) (pids []int) {
+	names, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err == nil && strings.Contains(string(b), "containerd-shim-stasis-v2") && strings.Contains(string(b), sandbox) {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// copies counts the processes that carry the marker in their command line,
+// apart from those that runc and containerd have in passing.
+func copies(marker string) (n int) {
+	names, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err == nil && strings.HasPrefix(string(b), "/bin/sh\x00") && strings.Contains(string(b), marker) {
+			n++
+		}
+	}
+	return n
+}
+
+// TestKill9 kills the shim, the daemon and containerd at random moments of a
+// stop and of a create. Afterwards the container runs on as before, or its
+// successor goes on from the record, or it starts cold; none is stuck, frozen
+// or there twice, and a record is never used twice.
+func TestKill9(t *testing.T) {
+	for _, victim := range []string{"shim", "stasisd", "containerd"} {
+		t.Run(victim, func(t *testing.T) {
+			n := newNode(t)
+			outcome := map[string]int{}
+			for i := range faults {
+				if t.Failed() {
+					break
+				}
+				oneFault(t, n, victim, i, outcome)
+			}
+			t.Logf("%d faults: %v", faults, outcome)
+			assertNothingFrozen(t)
+		})
+	}
+}
+
+func oneFault(t *testing.T, n *node, victim string, i int, outcome map[string]int) {
+	key := uniqueKey(t)
+	marker := "marker-" + key
+	command := shell(": " + marker + "; " + counting)
+	duringDump := i%2 == 0
+	p := n.runPod(key, annotate(key))
+	c := p.start("c", "busybox", command)
+	high := c.waitCount(5)
+
+	strike := func(sandbox string) {
+		time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
+		switch victim {
+		case "shim":
+			for _, pid := range shimPIDs(sandbox) {
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
+		default:
+			syscall.Kill(daemonPID(t, victim), syscall.SIGKILL)
+			if out, err := exec.Command("/src/test/node/up", victim).CombinedOutput(); err != nil {
+				t.Errorf("restart %s: %v\n%s", victim, err, out)
+			}
+		}
+	}
+
+	var wg sync.WaitGroup
+	if duringDump {
+		wg.Go(func() { strike(p.id) })
+		n.rt.StopContainer(n.ctx(), stopRequest(c.id, 20)) // may fail: its server may be dead
+		wg.Wait()
+	} else {
+		c.stop(20)
+	}
+	eventually(t, "stop after the fault", func() error {
+		if _, err := n.rt.StopContainer(n.ctx(), stopRequest(c.id, 20)); err != nil {
+			return err
+		}
+		if st := c.status(); st.State == cri.ContainerState_CONTAINER_RUNNING {
+			return fmt.Errorf("still running")
+		}
+		return nil
+	})
+	if ns, _ := counts(c.log()); len(ns) > 0 {
+		high = ns[len(ns)-1]
+	}
+	eventually(t, "removal of the pod", func() error {
+		if _, err := n.rt.StopPodSandbox(n.ctx(), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
+			return err
+		}
+		_, err := n.rt.RemovePodSandbox(n.ctx(), &cri.RemovePodSandboxRequest{PodSandboxId: p.id})
+		return err
+	})
+	p.id = ""
+	eventually(t, "end of the old processes", func() error {
+		if m := copies(marker); m != 0 {
+			return fmt.Errorf("%d are left", m)
+		}
+		return nil
+	})
+	dumped := len(records(t, key)) > 0
+
+	p = n.runPod(key, annotate(key))
+	if !duringDump {
+		wg.Go(func() { strike(p.id) })
+	}
+	c, err := p.tryCreate("c", "busybox", command)
+	if err == nil {
+		err = c.tryStart()
+	}
+	wg.Wait()
+	if err != nil {
+		// The fault hit the start; the kubelet would try again, in a new sandbox
+		// where the old one's shim is dead.
+		eventually(t, "removal of the failed pod", func() error {
+			n.rt.StopPodSandbox(n.ctx(), &cri.StopPodSandboxRequest{PodSandboxId: p.id})
+			_, err := n.rt.RemovePodSandbox(n.ctx(), &cri.RemovePodSandboxRequest{PodSandboxId: p.id})
+			return err
+		})
+		p.id = ""
+		p = n.runPod(key, annotate(key))
+		c = p.start("c", "busybox", command)
+	}
+	if victim == "shim" && !duringDump && c.status().State != cri.ContainerState_CONTAINER_RUNNING {
+		// Started, then killed with its shim: that is what a dead shim means.
+		outcome["died with its shim"]++
+		return
+	}
+	c.waitCount(0)
+	if m := copies(marker); m != 1 {
+		t.Errorf("%d copies of the container run", m)
+	}
+	ns, _ := counts(c.log())
+	switch {
+	case ns[0] > 1:
+		if ns[0] > high+1 || ns[0] < 2 {
+			t.Errorf("restored at %d, the old container ended at %d", ns[0], high)
+		}
+		outcome["restored"]++
+	case dumped && victim != "stasisd":
+		// A record was there and a cold start followed: somebody must say why.
+		es := events(t, key)
+		told := false
+		for _, e := range es {
+			told = told || e.Type == event.ColdStart || e.Type == event.Quarantined || e.Type == event.Restored
+		}
+		if !told {
+			t.Errorf("cold in spite of a record, without a reason: %+v", es)
+		}
+		outcome["cold, told"]++
+	default:
+		outcome["cold"]++
+	}
+	c.stop(20)
+	p.remove()
+}
