@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
@@ -140,14 +141,21 @@ type Removal struct {
 // GC removes checkpoints by policy, never claimed ones. With dryRun it removes
 // nothing and only tells. To come below MaxCount and MaxBytes it removes first
 // what is quarantined or corrupt, then what has a newer successor, then the
-// rest, each oldest first. It goes on after errors and returns them joined,
-// with what it did remove.
+// rest, each oldest first. It leaves alone what it cannot read just now. It goes
+// on after errors and returns them joined, with what it did remove.
 func (s *Store) GC(ctx context.Context, p Policy, dryRun bool) ([]Removal, error) {
 	records, err := s.List(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("gc: %w", err)
 	}
 	var errs []error
+	records = slices.DeleteFunc(records, func(r Record) bool {
+		unreadable := r.Err != nil && (!errors.Is(r.Err, checkpoint.ErrCorrupt) || errors.Is(r.Err, syscall.EIO))
+		if unreadable {
+			errs = append(errs, r.Err)
+		}
+		return unreadable
+	})
 	var removals []Removal
 	for _, c := range s.choose(ctx, p, records) {
 		if !dryRun {

@@ -318,8 +318,8 @@ func (s *Store) newest(ids []checkpoint.ID) (*checkpoint.Manifest, error) {
 // second is the part of an ID up to its time, to the second.
 func second(id checkpoint.ID) string { return string(id[:32]) }
 
-// ids lists the checkpoints in a directory, sorted. A directory that is missing
-// is empty; names that are no ID are left out.
+// ids lists the checkpoints in the directory of an identity, sorted. A directory
+// that is missing is empty; names that are no ID of it are left out.
 func (s *Store) ids(dir string) ([]checkpoint.ID, error) {
 	entries, err := s.fs.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -327,7 +327,7 @@ func (s *Store) ids(dir string) ([]checkpoint.ID, error) {
 	}
 	var ids []checkpoint.ID
 	for _, e := range entries {
-		if id, err := checkpoint.ParseID(e.Name()); err == nil && e.IsDir() {
+		if id, err := checkpoint.ParseID(e.Name()); err == nil && e.IsDir() && id.IdentityHash() == filepath.Base(dir) {
 			ids = append(ids, id)
 		}
 	}
@@ -437,8 +437,8 @@ func (s *Store) Manifest(ctx context.Context, id checkpoint.ID) (*checkpoint.Man
 // State is where a checkpoint is in its life.
 type State string
 
-// The states of a checkpoint. Corrupt is a committed one without a usable
-// manifest.
+// The states of a checkpoint. Corrupt is a committed one whose manifest is
+// missing or damaged.
 const (
 	Committed   State = "committed"
 	Claimed     State = "claimed"
@@ -548,7 +548,7 @@ func (s *Store) listDir(ctx context.Context, state State, dir, hash string) ([]R
 		switch {
 		case errors.Is(r.Err, checkpoint.ErrNotFound):
 			continue
-		case r.Err != nil && state == Committed:
+		case errors.Is(r.Err, checkpoint.ErrCorrupt) && state == Committed:
 			r.State = Corrupt
 		}
 		switch state {
