@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -130,6 +131,7 @@ func (c *capturer) entry(ctx context.Context, name string) (children []string, e
 		h.Typeflag = tar.TypeFifo
 	case unix.S_IFLNK:
 		h.Typeflag = tar.TypeSymlink
+		h.AccessTime = time.Time{} // reading the link changes it
 		n, err := unix.Readlinkat(fd, "", c.buf[:maxPath+1])
 		if err != nil {
 			return fail(err)
