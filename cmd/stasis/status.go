@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/stasis-containers/stasis/nri"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
+)
+
+// maxStatus bounds what is accepted as the daemon's answer.
+const maxStatus = 1 << 20
+
+// daemonStatus asks the daemon about itself.
+func daemonStatus(ctx context.Context, runtimeDir string) (*nri.Status, error) {
+	socket := filepath.Join(runtimeDir, nri.SocketName)
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		}}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://stasisd/status", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("stasisd does not answer at %s; is it running? %w", socket, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("stasisd answered %s", resp.Status)
+	}
+	var s nri.Status
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxStatus)).Decode(&s); err != nil {
+		return nil, fmt.Errorf("stasisd's answer: %w", err)
+	}
+	return &s, nil
+}
+
+func (c *cli) statusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Ask the daemon how it is",
+		Long: `status asks stasisd whether it is connected to containerd, how many pods it
+knows and what is in the store. It fails if stasisd does not answer.`,
+		Example: `  stasis status
+  curl --unix-socket /run/stasis/stasisd.sock http://stasis/metrics`,
+		Args:              usage(cobra.NoArgs),
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := daemonStatus(cmd.Context(), c.runtimeDir)
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				return c.printJSON(s)
+			}
+			t := newTable(c.out)
+			t.row("Version:", s.Version)
+			t.row("Up since:", s.StartedAt.Local().Format(time.DateTime)+" ("+age(s.StartedAt)+")")
+			runtime := s.Runtime
+			if !s.Connected {
+				runtime = "not connected: containers that are created now are ordinary ones"
+			}
+			t.row("Runtime:", runtime)
+			t.row("Pods:", strconv.Itoa(s.Pods))
+			t.row("Host facts:", s.HostFacts)
+			t.row("Store:", s.Root)
+			for _, state := range []store.State{store.Committed, store.Claimed, store.Quarantined, store.Corrupt} {
+				t.row("  "+string(state)+":", strconv.Itoa(s.Store.Checkpoints[state]))
+			}
+			t.row("  size:", size(s.Store.Bytes))
+			t.row("  free:", size(s.Store.FreeBytes))
+			if g := s.LastGC; g != nil {
+				last := fmt.Sprintf("%s ago, removed %d, %s", age(g.Time), g.Removed, size(g.SizeBytes))
+				if g.Error != "" {
+					last += ", " + g.Error
+				}
+				t.row("Last gc:", last)
+			}
+			return t.flush()
+		},
+	}
+}
