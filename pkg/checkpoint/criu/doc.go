@@ -18,10 +18,21 @@
 //
 // Facts about CRIU 4.2 on which stasis relies (file:function in its sources):
 //
-//   - Tasks that were frozen before a dump with --leave-running stay frozen
-//     afterwards, and run no code of the application in between:
-//     criu/seize.c:freeze_processes remembers the freezer's state, and
-//     criu/seize.c:freezer_restore_state puts it back.
+//   - Tasks that were frozen before a dump that leaves them alive are frozen
+//     afterwards and run no code of the application in between. CRIU does thaw
+//     the cgroup while it traces every task in it (criu/seize.c:freeze_processes),
+//     and freezes it again before it lets go of them (pstree_switch_state,
+//     freezer_restore_state), after a failed dump as well.
+//   - Tasks that were not frozen before cost a wait in steps of 100 ms, so a
+//     dump is shorter when the cgroup is frozen first (freeze_processes).
+//   - CRIU must not be killed during a dump. The tasks would be running,
+//     frozen before or not, with the network locked; and a task that was just
+//     made to execute a system call dies of a breakpoint. Else the parasite
+//     code sees its socket close and undoes itself
+//     (compel/plugins/std/infect.c:parasite_daemon).
 //   - UTS and SysV IPC content of the images is written into the namespaces in
-//     which the restored tasks live, joined ones too: see [RewriteHostname].
+//     which the restored tasks live, joined ones too: see [RewriteHostname] and
+//     [Report.SysVIPC].
+//   - The option timeout bounds the stopping of tasks only
+//     (criu/seize.c:collect_pstree).
 package criu

@@ -244,13 +244,17 @@ func (d *images) mappings(p *Process, files *fileTable) error {
 		p.Exe = f.path
 	}
 	end := uint64(0)
+	var guards []Mapping // ranges within others that no page may ever fill; CRIU puts them at the end
 	for _, v := range e.GetVmas() {
-		// The vsyscall page lies above user space, and is no other's neighbour.
+		guard := v.GetStatus()&vmaGuard != 0
+		// The vsyscall page lies above user space.
 		kernel := v.GetStatus()&vmaVsyscall != 0
-		if v.GetStart() >= v.GetEnd() || v.GetStart() < end || v.GetEnd() > maxAddress && !kernel {
+		if v.GetStart() >= v.GetEnd() || v.GetStart() < end && !guard || v.GetEnd() > maxAddress && !kernel {
 			return d.corrupt(name, "mapping %#x-%#x", v.GetStart(), v.GetEnd())
 		}
-		end = v.GetEnd()
+		if !guard {
+			end = v.GetEnd()
+		}
 		m := Mapping{
 			Start: v.GetStart(), End: v.GetEnd(), SizeBytes: v.GetEnd() - v.GetStart(),
 			Prot: protName(v), Kind: mappingKind(v.GetStatus()),
@@ -262,6 +266,10 @@ func (d *images) mappings(p *Process, files *fileTable) error {
 			if f, ok := files.byID[uint32(v.GetShmid())]; ok && v.GetShmid() <= 1<<32-1 {
 				m.Path = f.path
 			}
+		}
+		if guard {
+			guards = append(guards, m)
+			continue
 		}
 		p.Mappings = append(p.Mappings, m)
 	}
@@ -289,6 +297,7 @@ func (d *images) mappings(p *Process, files *fileTable) error {
 	if absent(err) {
 		err = nil
 	}
+	p.Mappings = append(p.Mappings, guards...)
 	return err
 }
 
