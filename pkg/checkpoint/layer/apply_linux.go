@@ -453,7 +453,7 @@ func (a Applied) Undo() error {
 		if err != nil {
 			continue // replaced or removed by somebody else
 		}
-		if err := setTimes(fd, d.atime, d.mtime); err != nil {
+		if err := d.restore(fd); err != nil {
 			errs = append(errs, fmt.Errorf("layer: undo: times of %q: %w", d.name, err))
 		}
 		unix.Close(fd)
@@ -464,6 +464,17 @@ func (a Applied) Undo() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func (d dirTimes) restore(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if _, mtime := statTimes(&st); mtime.Equal(d.mtime) {
+		return nil // nothing was made in it
+	}
+	return setTimes(fd, d.atime, d.mtime)
 }
 
 func (n node) remove(parents *dirCache) error {

@@ -139,22 +139,48 @@ func TestSparse(t *testing.T) {
 }
 
 // TestManyHoles: the map of a file in more pieces than a layer can list stays
-// bounded, and the content is right.
+// bounded, and no data is left out of it.
 func TestManyHoles(t *testing.T) {
-	dir, out := t.TempDir(), t.TempDir()
-	f, err := os.Create(filepath.Join(dir, "f"))
-	must(t, err)
-	for i := range int64(maxSegments + 100) {
-		_, err := f.WriteAt([]byte{byte(i), 1}, i*12288)
-		must(t, err)
+	const stride = 12288
+	for _, pieces := range []int64{500, maxSegments, maxSegments + 1, 2*maxSegments + 100} {
+		t.Run(fmt.Sprint(pieces), func(t *testing.T) {
+			dir := t.TempDir()
+			f, err := os.Create(filepath.Join(dir, "f"))
+			must(t, err)
+			defer f.Close()
+			for i := range pieces {
+				_, err := f.WriteAt([]byte{byte(i), 1}, i*stride)
+				must(t, err)
+			}
+			size := (pieces-1)*stride + 2
+			segs, err := dataSegments(f, size)
+			must(t, err)
+			if n := int64(len(segs)); n > maxSegments || pieces <= maxSegments && n != pieces {
+				t.Errorf("%d segments for %d pieces", n, pieces)
+			}
+			body := int64(0)
+			for i, at := range segs {
+				body += at.len
+				if i > 0 && at.off <= segs[i-1].off+segs[i-1].len {
+					t.Fatalf("segment %v after %v", at, segs[i-1])
+				}
+			}
+			for i := range pieces {
+				if !slices.ContainsFunc(segs, func(s segment) bool { return s.off <= i*stride && i*stride+2 <= s.off+s.len }) {
+					t.Fatalf("the data at %d is in no segment", i*stride)
+				}
+			}
+			if got, parsed, err := parseSparse(formatSparse(size, segs), body); err != nil || got != size || !slices.Equal(parsed, segs) {
+				t.Errorf("the map does not survive: %v", err)
+			}
+			if pieces == 500 {
+				out := t.TempDir()
+				layer, _ := capture(t, dir)
+				apply(t, layer, out, Options{})
+				compare(t, describe(t, out), describe(t, dir))
+			}
+		})
 	}
-	must(t, f.Close())
-	layer, stats := capture(t, dir)
-	if stats.Bytes >= (maxSegments+100)*12288-8192 {
-		t.Errorf("%d bytes: no hole was left out", stats.Bytes)
-	}
-	apply(t, layer, out, Options{})
-	compare(t, describe(t, out), describe(t, dir))
 }
 
 func TestMergeSegments(t *testing.T) {
@@ -242,7 +268,7 @@ func TestWriterFails(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var whole bytes.Buffer
 			must(t, run(&whole))
-			for n := 0; n < whole.Len(); n += 4999 {
+			for n := 0; n < whole.Len(); n += 9999 {
 				left := n
 				err := run(writerFunc(func(p []byte) (int, error) {
 					if left -= len(p); left < 0 {
@@ -308,7 +334,7 @@ func TestUndo(t *testing.T) {
 			}
 			setMtime(t, dir, time.Unix(1e9, 1))
 			before := describe(t, dir)
-			for n := 0; n <= len(layer); n += 128 {
+			for n := 0; n <= len(layer); n += 300 {
 				a, err := Apply(context.Background(), bytes.NewReader(layer[:n]), dir, opt)
 				// After the record of the end there is only padding.
 				if n < len(layer)-1536 && !errors.Is(err, checkpoint.ErrCorrupt) || n >= len(layer)-1024 && err != nil {
@@ -427,7 +453,7 @@ func TestRootIsNoSymlink(t *testing.T) {
 
 // TestRandomTrees makes trees at random; a failure prints the seed.
 func TestRandomTrees(t *testing.T) {
-	for seed := range uint64(40) {
+	for seed := range uint64(25) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			dir, out := t.TempDir(), t.TempDir()
 			randomTree(t, rand.New(rand.NewPCG(seed, 1)), dir, os.Geteuid() == 0)

@@ -176,3 +176,12 @@ func capability(bits uint32) string {
 	b = binary.LittleEndian.AppendUint32(b, bits)
 	return string(append(b, make([]byte, 12)...))
 }
+
+// writeAt copies a part of data to the same place in a file.
+func writeAt(t testing.TB, p string, data []byte, off, n int) {
+	t.Helper()
+	f, err := os.OpenFile(p, os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteAt(data[off:off+n], int64(off))
+	must(t, err, f.Close())
+}
