@@ -4,12 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
 
 	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
 	"github.com/containerd/cgroups/v3/cgroup2"
 	eventstypes "github.com/containerd/containerd/api/events"
-	"github.com/containerd/containerd/v2/core/runtime"
+	cdruntime "github.com/containerd/containerd/v2/core/runtime"
 	"github.com/containerd/containerd/v2/pkg/oom"
 	oomv1 "github.com/containerd/containerd/v2/pkg/oom/v1"
 	"github.com/containerd/log"
@@ -74,6 +80,76 @@ func (c *cgroup) pids() ([]uint32, error) {
 		pids = append(pids, uint32(p.Pid))
 	}
 	return pids, nil
+}
+
+func (c *cgroup) freeze() error {
+	if c.v2 != nil {
+		return c.v2.Freeze()
+	}
+	return c.v1.Freeze()
+}
+
+// forkSyscalls are the system calls in which a task waits for a vforked child.
+var forkSyscalls = map[string]bool{
+	"435":                        true, // clone3, on every architecture
+	strconv.Itoa(unix.SYS_CLONE): true,
+}
+
+func init() {
+	if runtime.GOARCH == "amd64" {
+		forkSyscalls["58"] = true // vfork
+	}
+}
+
+// inVfork tells whether a frozen task seems to wait for a child that shares its
+// memory. CRIU cannot stop such a task: it stops the child before its exec, and
+// the parent waits for that exec without being interruptible, until CRIU's
+// timeout (compel/src/lib/infect.c, compel_wait_task). The answer is read from
+// /proc, where a task on its way out of fork looks the same; a false alarm
+// costs a few milliseconds.
+func (c *cgroup) inVfork() (bool, error) {
+	pids, err := c.pids()
+	if err != nil {
+		return false, err
+	}
+	for _, pid := range pids {
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/syscall", pid))
+		for _, name := range tasks {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				continue // gone
+			}
+			if nr, _, _ := strings.Cut(string(b), " "); forkSyscalls[nr] {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
+}
+
+// leaveVfork lets a frozen cgroup run for moments until no task of it is in
+// the middle of a vfork. It leaves the cgroup frozen, also where it gives up.
+func (c *cgroup) leaveVfork(ctx context.Context) error {
+	for wait := time.Millisecond; wait < time.Second; wait *= 2 {
+		in, err := c.inVfork()
+		if err != nil || !in {
+			return err
+		}
+		if err := c.thaw(); err != nil {
+			return err
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+		}
+		if err := c.freeze(); err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+	return nil // a long vfork: CRIU will say what it thinks of it
 }
 
 func (c *cgroup) thaw() error {
@@ -164,7 +240,7 @@ func (w *oomWatcher) watch2(ctx context.Context, id string, m *cgroup2.Manager) 
 				continue
 			}
 			last = e.OOMKill
-			if err := w.publisher.Publish(ctx, runtime.TaskOOMEventTopic, &eventstypes.TaskOOM{ContainerID: id}); err != nil {
+			if err := w.publisher.Publish(ctx, cdruntime.TaskOOMEventTopic, &eventstypes.TaskOOM{ContainerID: id}); err != nil {
 				log.G(ctx).WithError(err).Error("publish oom event")
 			}
 		case err := <-errs:

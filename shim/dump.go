@@ -195,6 +195,9 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int) (_ *
 	begin := time.Now()
 	_, err = s.TTRPCTaskService.Pause(ctx, &taskAPI.PauseRequest{ID: c.id})
 	if err == nil {
+		err = cg.leaveVfork(ctx)
+	}
+	if err == nil {
 		m.Timings.FreezeMicros = time.Since(begin).Microseconds()
 		if err = s.fill(ctx, c, stage, m); err == nil {
 			err = stage.Commit(ctx, m)

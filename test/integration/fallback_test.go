@@ -57,7 +57,7 @@ func flip(b []byte) []byte { b[len(b)/2] ^= 0xff; return b }
 // left: a container that started cold and behaves, a reason, a record where it
 // belongs. With the strict annotation the start fails instead.
 func TestColdStart(t *testing.T) {
-	env := func(c *cri.ContainerConfig) { c.Envs = []*cri.KeyValue{{Key: "NEW", Value: "1"}} }
+	env := func(c *cri.ContainerConfig) { c.Envs = []*cri.KeyValue{{Key: "NEW", Value: []byte("1")}} }
 	for _, tc := range []struct {
 		name  string
 		spoil func(t *testing.T, dir string)

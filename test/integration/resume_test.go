@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -199,7 +200,7 @@ func TestRestoredContainerIsWhole(t *testing.T) {
 		}
 		return nil
 	})
-	got := c.mustExec("/bin/sh", "-c", "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max")
+	got := c.memoryLimit()
 	if got != strconv.Itoa(limit) {
 		t.Errorf("memory limit %q, want %d", got, limit)
 	}
@@ -218,6 +219,45 @@ func TestRestoredContainerIsWhole(t *testing.T) {
 	})
 }
 
+// memoryLimit reads the limit that holds for the container from the node's
+// side: on cgroup v1 runc shows a restored container another group's files.
+func (c *ctr) memoryLimit() string {
+	c.p.n.t.Helper()
+	pid := c.pid()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		c.p.n.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		name := filepath.Join("/sys/fs/cgroup/memory", f[2], "memory.limit_in_bytes")
+		if f[1] == "" {
+			name = filepath.Join("/sys/fs/cgroup", f[2], "memory.max")
+		} else if f[1] != "memory" {
+			continue
+		}
+		if b, err := os.ReadFile(name); err == nil {
+			return strings.TrimSpace(string(b))
+		}
+	}
+	c.p.n.t.Fatalf("no memory cgroup of pid %d in %s", pid, b)
+	return ""
+}
+
+// pid is the container's first process in the node's pid namespace.
+func (c *ctr) pid() int {
+	c.p.n.t.Helper()
+	r, err := c.p.n.rt.ContainerStatus(c.p.n.ctx(), &cri.ContainerStatusRequest{ContainerId: c.id, Verbose: true})
+	if err != nil {
+		c.p.n.t.Fatal(err)
+	}
+	var info struct{ PID int }
+	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || info.PID <= 0 {
+		c.p.n.t.Fatalf("no pid in %v: %v", r.Info, err)
+	}
+	return info.PID
+}
+
 // TestUpdateOfRestored changes the limits of a restored container.
 func TestUpdateOfRestored(t *testing.T) {
 	n, key := newNode(t), uniqueKey(t)
@@ -234,7 +274,7 @@ func TestUpdateOfRestored(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := c.mustExec("/bin/sh", "-c", "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max")
+	got := c.memoryLimit()
 	if got != strconv.Itoa(128<<20) {
 		t.Errorf("memory limit %q, want %d", got, 128<<20)
 	}
