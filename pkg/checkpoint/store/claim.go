@@ -49,9 +49,6 @@ func (s *Store) Claim(ctx context.Context, id checkpoint.ID, containerID string)
 		err = s.writeOwner(c.dir+ownerSuffix, containerID)
 	}
 	if err == nil {
-		err = s.fs.SyncDir(s.path(claimedDir, id.IdentityHash()))
-	}
-	if err == nil {
 		err = s.moveInto(s.committedPath(id), c.dir)
 	}
 	if err != nil {

@@ -468,6 +468,27 @@ func TestUnsafeCommitIsDisarmed(t *testing.T) {
 	wantIs(t, err, checkpoint.ErrCorrupt)
 }
 
+// TestFailedCommitStaysAway: a commit that failed after its rename had become
+// durable does not come back with the next crash.
+func TestFailedCommitStaysAway(t *testing.T) {
+	mem, w := begin(t, scenario{})
+	s := open(t, mem, false)
+	failed := false
+	s.fs = fsys.Hook(mem, func(op, path string) error {
+		if op == "syncdir" && path == s.path(committedDir, alice.Hash()) && !failed {
+			failed = true
+			return errors.Join(mem.SyncDir(path), syscall.EIO)
+		}
+		return nil
+	})
+	m := *w.next
+	wantIs(t, commit(t.Context(), s, &m), syscall.EIO)
+	s = open(t, mem.CrashClone(0, newRand()), true)
+	if m, err := s.Latest(t.Context(), alice); err != nil || m.ID != w.newest {
+		t.Errorf("latest: %v, %v", m, err)
+	}
+}
+
 const childEnv = "STASIS_STORE_TEST_CHILD"
 
 func TestMain(m *testing.M) {

@@ -17,9 +17,11 @@
 //     another name, which readers never look at.
 //   - A checkpoint is in one place at a time, and changes place only by a rename
 //     under its lock. So a claim has one winner.
-//   - An owner's file is durable before the directory that it speaks for has its
+//   - An owner's file is whole before the directory that it speaks for has its
 //     name, and is removed after it lost it. So a stage or claim without one
-//     belongs to nobody, whereas an owner's file alone means nothing.
+//     belongs to nobody, whereas an owner's file alone means nothing. The file's
+//     content is durable before that, its name need not be: a crash that takes
+//     the name took the owner as well.
 //   - No operation removes a checkpoint in order to make room for another one
 //     that is not committed yet.
 //   - After an error of any operation the checkpoint is where it was before or,
