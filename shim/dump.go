@@ -189,7 +189,7 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int) (_ *
 	if err != nil {
 		return nil, err
 	}
-	if err := c.writeCRIUConfig(criu.DumpOptions(c.settings.TCP)); err != nil {
+	if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
 		return nil, errors.Join(err, stage.Abort())
 	}
 	begin := time.Now()
@@ -379,6 +379,16 @@ func (s *service) criuDump(ctx context.Context, c *container, dir string, m *che
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return err
 	}
+	// A CRIU that is killed leaves its victims running, with its parasite in
+	// them: only SIGKILL for the container may do that. Whoever's deadline
+	// passes meanwhile gets the rollback when CRIU is done.
+	uninterrupted, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.DumpTimeout)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() {
+		if errors.Is(context.Cause(ctx), errAborted) {
+			cancel()
+		}
+	})()
 	opts, err := typeurl.MarshalAnyToProto(&options.CheckpointOptions{
 		OpenTcp:             c.settings.TCP == checkpoint.TCPKeep,
 		ExternalUnixSockets: true,
@@ -390,13 +400,16 @@ func (s *service) criuDump(ctx context.Context, c *container, dir string, m *che
 		return err
 	}
 	images := filepath.Join(dir, checkpoint.ImageDir)
-	_, err = s.TTRPCTaskService.Checkpoint(ctx, &taskAPI.CheckpointTaskRequest{ID: c.id, Path: images, Options: opts})
+	_, err = s.TTRPCTaskService.Checkpoint(uninterrupted, &taskAPI.CheckpointTaskRequest{ID: c.id, Path: images, Options: opts})
 	if err != nil {
 		lines, lerr := criu.LogErrors(filepath.Join(work, "dump.log"), 5)
 		if lerr != nil {
 			log.G(ctx).WithError(lerr).Debug("no dump log")
 		}
 		return fmt.Errorf("dump: %w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("dump: %w", err)
 	}
 	if stats, err := criu.ReadDumpStats(work); err == nil {
 		m.Timings.FrozenMicros = stats.Frozen.Microseconds()
@@ -458,6 +471,18 @@ func dirBytes(dir string) (int64, error) {
 		n += fi.Size()
 	}
 	return n, nil
+}
+
+// dumpOptions are CRIU's options for a dump of the container, be it ours or the
+// CRI call's.
+func (s *service) dumpOptions(c *container) criu.ConfigOptions {
+	o := criu.DumpOptions(c.settings.TCP)
+	if facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile)); err == nil {
+		// Connections are not kept, so nothing needs the lock that stops all
+		// traffic of the pod and costs a hundred milliseconds of iptables.
+		o.SkipNetworkLock = o.TCPClose && criu.CanSkipNetworkLock(facts.CRIUVersion)
+	}
+	return o
 }
 
 // writeCRIUConfig replaces the content of the file whose path is fixed in

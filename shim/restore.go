@@ -259,7 +259,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		c.mu.Lock()
 		c.restore, c.restoredFrom = nil, m
 		c.mu.Unlock()
-		if err := errors.Join(p.claim.Consume(ctx), c.writeCRIUConfig(criu.DumpOptions(c.settings.TCP)), p.stage.Abort()); err != nil {
+		if err := errors.Join(p.claim.Consume(ctx), c.writeCRIUConfig(s.dumpOptions(c)), p.stage.Abort()); err != nil {
 			log.G(ctx).WithError(err).Error("clean up after restore")
 		}
 		s.event(ctx, c, event.Event{
@@ -287,7 +287,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	if err := s.refuse(ctx, c, m.ID, p, cause); err != nil {
 		return nil, err
 	}
-	if err := c.writeCRIUConfig(criu.DumpOptions(c.settings.TCP)); err != nil {
+	if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	if _, err := s.TTRPCTaskService.Create(ctx, c.request); err != nil {

@@ -20,7 +20,6 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
-	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
@@ -140,7 +139,7 @@ func (s *service) create(ctx context.Context, c *container) (*taskAPI.CreateTask
 			return resp, err
 		}
 	}
-	if err := c.writeCRIUConfig(criu.DumpOptions(c.settings.TCP)); err != nil {
+	if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("create container %q: %w", c.id, err))
 	}
 	return s.TTRPCTaskService.Create(ctx, c.request)

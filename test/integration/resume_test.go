@@ -309,6 +309,19 @@ func TestOptions(t *testing.T) {
 			p := n.runPod(key, annotate(key), privileged)
 			c := p.start("c", "busybox", shell(counting), tc.opt)
 			c.waitCount(5)
+			if tc.name == "non-root" && !hasSysResource(t) {
+				// CRIU reads the limits of another user's process with prlimit(2),
+				// which needs this capability; without it the container must get
+				// its signal, and the reason must be told.
+				c.stop(1)
+				if e := wantEvent(t, key, event.DumpFailed, "criu"); !strings.Contains(e.Reason, "rlimit") {
+					t.Errorf("reason %q", e.Reason)
+				}
+				if st := c.status(); st.ExitCode != 137 {
+					t.Errorf("exit code %d", st.ExitCode)
+				}
+				return
+			}
 			c.stop(30)
 			wantEvent(t, key, event.Dumped, "")
 			ns, _ := counts(c.log())
@@ -330,6 +343,26 @@ func TestOptions(t *testing.T) {
 			wantEvent(t, key, event.Dumped, "")
 		})
 	}
+}
+
+// hasSysResource tells whether this machine gives root CAP_SYS_RESOURCE.
+func hasSysResource(t *testing.T) bool {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			caps, err := strconv.ParseUint(strings.TrimSpace(v), 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return caps&(1<<unix.CAP_SYS_RESOURCE) != 0
+		}
+	}
+	t.Fatal("no CapEff")
+	return false
 }
 
 // TestPodOfTwoContainers restores both containers of a pod that share /dev/shm
