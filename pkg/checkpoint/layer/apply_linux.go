@@ -172,9 +172,6 @@ func (a *applier) entry(ctx context.Context, e *entry) error {
 		return fmt.Errorf("device %d:%d is not allowed: %w", e.Devmajor, e.Devminor, checkpoint.ErrInvalid)
 	}
 	parent, err := a.parents.open(path.Dir(e.name))
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-		return corrupt("no directory to hold it: %v", err)
-	}
 	if err != nil {
 		return err
 	}

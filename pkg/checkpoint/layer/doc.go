@@ -16,8 +16,8 @@
 //
 //   - global headers first and last: the records STASIS.layer (format version)
 //     and STASIS.end (number of entries between them);
-//   - the tree's own root as first entry, "./", and each directory before what
-//     it holds, in the order of names;
+//   - the tree's own root as first entry, "./", and each directory right before
+//     what it holds, in the order of names;
 //   - extended attributes as SCHILY.xattr.NAME, as GNU tar and libarchive have
 //     them; names with "=", which a PAX key cannot hold, as STASIS.xattr.NAME
 //     with NAME in URL encoding;

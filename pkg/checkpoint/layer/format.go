@@ -209,6 +209,7 @@ func parseSize(s string) (int64, error) {
 type decoder struct {
 	tr      *tar.Reader
 	entries int64
+	path    []string // the directories that the current entry lies in, from "."
 }
 
 func newDecoder(r io.Reader) (*decoder, error) {
@@ -264,6 +265,18 @@ func (d *decoder) next() (*entry, error) {
 	}
 	if (e.name == ".") != (d.entries == 0) {
 		return nil, bad("the root comes first and only once")
+	}
+	if e.name != "." {
+		parent := path.Dir(e.name)
+		for len(d.path) > 0 && d.path[len(d.path)-1] != parent {
+			d.path = d.path[:len(d.path)-1]
+		}
+		if len(d.path) == 0 {
+			return nil, bad("its directory did not come before, or was left")
+		}
+	}
+	if h.Typeflag == tar.TypeDir {
+		d.path = append(d.path, e.name)
 	}
 	if h.Mode&^0o7777 != 0 {
 		return nil, bad("mode %#o", h.Mode)
