@@ -66,7 +66,7 @@ func manifestFor(i checkpoint.Identity, n int) *checkpoint.Manifest {
 // content is what every checkpoint of these tests holds.
 func content(id checkpoint.ID) map[string][]byte {
 	return map[string][]byte{
-		"checkpoint/pages-1.img": bytes.Repeat([]byte(id), 200),
+		"checkpoint/pages-1.img": bytes.Repeat([]byte(id), 40),
 		"checkpoint/core-1.img":  []byte("core of " + id),
 		"spec.dump":              {},
 		"volumes/0.layer":        []byte("layer of " + id),

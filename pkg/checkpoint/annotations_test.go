@@ -1,0 +1,119 @@
+package checkpoint_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+)
+
+func TestParseSettings(t *testing.T) {
+	const p = "stasis.dev/policy"
+	full := checkpoint.Settings{Policy: checkpoint.PolicyResume, OnFailure: checkpoint.OnFailureColdStart, TCP: checkpoint.TCPClose}
+	with := func(f func(s *checkpoint.Settings)) checkpoint.Settings { s := full; f(&s); return s }
+	off := checkpoint.Settings{Policy: checkpoint.PolicyOff}
+	for name, test := range map[string]struct {
+		annotations map[string]string
+		want        checkpoint.Settings
+		names       string // the annotation that the error names; none if empty
+	}{
+		"none":                  {nil, off, ""},
+		"others":                {map[string]string{"example.com/policy": "resume"}, off, ""},
+		"off":                   {map[string]string{p: "off", "stasis.dev/tcp": "nonsense"}, off, ""},
+		"resume":                {map[string]string{p: "resume"}, full, ""},
+		"reboot":                {map[string]string{p: "reboot"}, with(func(s *checkpoint.Settings) { s.Policy = checkpoint.PolicyReboot }), ""},
+		"all":                   {map[string]string{p: "resume", "stasis.dev/key": "Db-0", "stasis.dev/on-failure": "fail", "stasis.dev/tcp": "keep"}, checkpoint.Settings{Policy: checkpoint.PolicyResume, Key: "Db-0", OnFailure: checkpoint.OnFailureFail, TCP: checkpoint.TCPKeep}, ""},
+		"defaults said":         {map[string]string{p: "resume", "stasis.dev/on-failure": "cold-start", "stasis.dev/tcp": "close"}, full, ""},
+		"this container only":   {map[string]string{p + "/container.app": "resume"}, full, ""},
+		"another container":     {map[string]string{p + "/container.sidecar": "resume"}, off, ""},
+		"container wins":        {map[string]string{p: "resume", p + "/container.app": "off"}, off, ""},
+		"container's key wins":  {map[string]string{p: "resume", "stasis.dev/key": "pod", "stasis.dev/key/container.app": "own"}, with(func(s *checkpoint.Settings) { s.Key = "own" }), ""},
+		"container says empty":  {map[string]string{p: "resume", p + "/container.app": ""}, off, ""},
+		"unknown policy":        {map[string]string{p: "Resume"}, off, p},
+		"unknown failure":       {map[string]string{p: "resume", "stasis.dev/on-failure": "panic"}, off, "stasis.dev/on-failure"},
+		"unknown tcp":           {map[string]string{p: "resume", "stasis.dev/tcp": "yes"}, off, "stasis.dev/tcp"},
+		"oversized policy":      {map[string]string{p: strings.Repeat("x", 257)}, off, p},
+		"oversized key":         {map[string]string{p: "resume", "stasis.dev/key": strings.Repeat("x", 257)}, off, "stasis.dev/key"},
+		"key is a path":         {map[string]string{p: "resume", "stasis.dev/key": "../x"}, off, "stasis.dev/key"},
+		"bad in a container":    {map[string]string{p: "resume", p + "/container.app": "maybe"}, off, p},
+		"internal is not ours":  {map[string]string{checkpoint.InternalPolicy: "resume"}, off, ""},
+		"spaces are not cut":    {map[string]string{p: " resume"}, off, p},
+		"key without a policy":  {map[string]string{"stasis.dev/key": "../x"}, off, ""},
+		"oversized, not policy": {map[string]string{"stasis.dev/tcp": strings.Repeat("x", 257)}, off, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := checkpoint.ParseSettings(test.annotations, "app")
+			if got != test.want {
+				t.Errorf("got %+v, want %+v", got, test.want)
+			}
+			if (err != nil) != (test.names != "") {
+				t.Fatalf("error %v", err)
+			}
+			if err != nil && (!errors.Is(err, checkpoint.ErrInvalid) || !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), test.names) || len(err.Error()) > 1000) {
+				t.Errorf("error %v", err)
+			}
+			if got.OptedIn() != (test.want.Policy != checkpoint.PolicyOff) {
+				t.Errorf("opted in: %v", got.OptedIn())
+			}
+		})
+	}
+}
+
+func TestValidateKey(t *testing.T) {
+	for key, ok := range map[string]bool{
+		"a": true, "0": true, "A.b_c-d": true, strings.Repeat("x", 128): true,
+		"": false, strings.Repeat("x", 129): false, ".": false, "..": false, "a..b": false, ".a": false, "-a": false, "_a": false,
+		"a/b": false, "a b": false, "a\n": false, "a\x00": false, "ä": false, "a\xff": false, "a:b": false,
+	} {
+		err := checkpoint.ValidateKey(key)
+		if (err == nil) != ok || err != nil && !errors.Is(err, checkpoint.ErrInvalid) {
+			t.Errorf("%q: %v", key, err)
+		}
+	}
+}
+
+func TestReserved(t *testing.T) {
+	for name, want := range map[string]bool{
+		checkpoint.InternalPolicy: true, checkpoint.InternalCheckpointID: true, "stasis.dev/internal.new": true, "org.criu.config": true,
+		checkpoint.AnnotationPolicy: false, "stasis.dev/internal": false, "org.criu.config2": false, "": false,
+	} {
+		if got := checkpoint.Reserved(name); got != want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// FuzzParseSettings: whatever a user writes, the settings are either off or
+// made of known values, and off after an error.
+func FuzzParseSettings(f *testing.F) {
+	f.Add("resume", "key", "fail", "keep", "off", "app")
+	f.Add("reboot", "", "", "", "", "")
+	f.Add("x", "..", "x", "x", "x", "a/b")
+	f.Fuzz(func(t *testing.T, policy, key, onFailure, tcp, own, container string) {
+		s, err := checkpoint.ParseSettings(map[string]string{
+			checkpoint.AnnotationPolicy: policy, checkpoint.AnnotationKey: key, checkpoint.AnnotationOnFailure: onFailure,
+			checkpoint.AnnotationTCP: tcp, checkpoint.AnnotationPolicy + "/container." + container: own,
+		}, container)
+		if err != nil && (s.OptedIn() || !errors.Is(err, checkpoint.ErrInvalid)) {
+			t.Errorf("%+v after %v", s, err)
+		}
+		if !s.OptedIn() {
+			if s != (checkpoint.Settings{Policy: checkpoint.PolicyOff}) {
+				t.Errorf("off, but %+v", s)
+			}
+			return
+		}
+		if own != string(s.Policy) {
+			t.Errorf("policy %s, the container's own is %q", s.Policy, own)
+		}
+		if s.Key != "" && checkpoint.ValidateKey(s.Key) != nil {
+			t.Errorf("key %q", s.Key)
+		}
+		if s.OnFailure != checkpoint.OnFailureColdStart && s.OnFailure != checkpoint.OnFailureFail || s.TCP != checkpoint.TCPClose && s.TCP != checkpoint.TCPKeep {
+			t.Errorf("%+v", s)
+		}
+	})
+}
