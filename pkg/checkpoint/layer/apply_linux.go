@@ -423,7 +423,8 @@ func (a *applier) finish(d finalDir) error {
 // the root and the directories that were there their attributes and times back.
 // A name that somebody else replaced or removed since then is left alone; a
 // directory that somebody else put something into stays and is an error. Undo
-// goes on after an error and joins them. It may be called again.
+// goes on after an error and joins them. It may be called again, but not while
+// an overlay is mounted over the directory.
 func (a Applied) Undo() error {
 	if a.root == (inode{}) {
 		return nil // dir was not even opened

@@ -26,7 +26,7 @@ func build(t testing.TB, headers ...*tar.Header) []byte {
 	tw := tar.NewWriter(&b)
 	for _, h := range headers {
 		h.Format = tar.FormatPAX
-		if h.Uid == 0 && h.Gid == 0 {
+		if h.Typeflag != tar.TypeXGlobalHeader && h.Uid == 0 && h.Gid == 0 {
 			h.Uid, h.Gid = os.Geteuid(), os.Getegid()
 		}
 		must(t, tw.WriteHeader(h))
