@@ -26,8 +26,8 @@ const (
 	pluginName = "stasis"
 	// registerTimeout bounds connecting, registering and being configured.
 	registerTimeout = 10 * time.Second
-	minBackoff      = time.Second
-	maxBackoff      = 10 * time.Second
+	minBackoff      = 50 * time.Millisecond
+	maxBackoff      = 2 * time.Second
 	// maxLookups bounds the lookups that hang on a disk that does not answer.
 	maxLookups = 16
 )

@@ -34,6 +34,10 @@ var (
 	errCRIU    = errors.New("CRIU failed")
 )
 
+// logLines is how much of CRIU's log a reason quotes: the first error is the
+// cause, and a handful follow from it.
+const logLines = 12
+
 // dumpJob is the one dump that a container gets. It runs detached from the
 // call that began it: a caller that goes away must not leave half a dump.
 type dumpJob struct {
@@ -402,7 +406,7 @@ func (s *service) criuDump(ctx context.Context, c *container, dir string, m *che
 	images := filepath.Join(dir, checkpoint.ImageDir)
 	_, err = s.TTRPCTaskService.Checkpoint(uninterrupted, &taskAPI.CheckpointTaskRequest{ID: c.id, Path: images, Options: opts})
 	if err != nil {
-		lines, lerr := criu.LogErrors(filepath.Join(work, "dump.log"), 5)
+		lines, lerr := criu.LogErrors(filepath.Join(work, "dump.log"), logLines)
 		if lerr != nil {
 			log.G(ctx).WithError(lerr).Debug("no dump log")
 		}

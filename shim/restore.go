@@ -268,7 +268,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		})
 		return resp, nil
 	}
-	lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), 5)
+	lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), logLines)
 	if lerr != nil {
 		log.G(ctx).WithError(lerr).Debug("no restore log")
 	}
