@@ -556,7 +556,7 @@ func testKill(t *testing.T, root string) {
 	must(t, err)
 	there, maybe := map[checkpoint.ID]bool{}, map[checkpoint.ID]bool{}
 	released, stages := 0, 0
-	for range 20 {
+	for range 30 {
 		cmd := exec.Command(os.Args[0])
 		cmd.Env = append(os.Environ(), childEnv+"="+root)
 		cmd.Stderr = os.Stderr
@@ -564,11 +564,14 @@ func testKill(t *testing.T, root string) {
 		must(t, err)
 		must(t, cmd.Start())
 		var timer *time.Timer
+		work := 1 + rand.IntN(6) // lines, so that a slow machine gets as far as a fast one
 		for lines := bufio.NewScanner(out); lines.Scan(); {
 			id := checkpoint.ID(lines.Text()[1:])
+			if work--; work == 0 {
+				timer = time.AfterFunc(time.Duration(rand.IntN(40_000))*time.Microsecond, func() { cmd.Process.Kill() })
+			}
 			switch lines.Text()[0] {
 			case 'r': // ready
-				timer = time.AfterFunc(time.Duration(rand.IntN(100_000))*time.Microsecond, func() { cmd.Process.Kill() })
 			case '+':
 				there[id] = true
 			case '-':
@@ -610,7 +613,7 @@ func testKill(t *testing.T, root string) {
 		}
 	}
 	t.Logf("%d committed, %d stages swept, %d claims taken back", len(there), stages, released)
-	if len(there) < 10 || stages == 0 {
-		t.Errorf("the child hardly worked")
+	if len(there) < 10 || stages+released == 0 {
+		t.Error("no kill hit anything")
 	}
 }
