@@ -278,11 +278,26 @@ func (s *server) do(ctx context.Context, j job) {
 
 // tell writes an event to the node's log and to the daemon's.
 func (s *server) tell(ctx context.Context, e event.Event) {
-	l := log.G(ctx).WithFields(log.Fields{"op": e.Type, "container_id": e.ContainerID, "sandbox_id": e.SandboxID, "checkpoint_id": e.CheckpointID, "reason": e.Reason})
-	if e.Type == event.Removed {
-		l.WithField("size_bytes", e.SizeBytes).Info("checkpoint removed")
-	} else {
-		l.Warn("stasis did not act")
+	fields := log.Fields{"op": e.Type, "reason": e.Reason}
+	for k, v := range map[string]string{"container_id": e.ContainerID, "sandbox_id": e.SandboxID, "checkpoint_id": string(e.CheckpointID)} {
+		if v != "" {
+			fields[k] = v
+		}
+	}
+	if e.SizeBytes > 0 {
+		fields["size_bytes"] = e.SizeBytes
+	}
+	switch l := log.G(ctx).WithFields(fields); e.Type {
+	case event.Removed:
+		l.Info("checkpoint removed")
+	case event.Ignored:
+		l.Warn("annotation ignored")
+	case event.Quarantined:
+		l.Warn("damaged checkpoint set aside")
+	case event.RestoreFail:
+		l.Warn("start refused")
+	default:
+		l.Warn("checkpoint not used")
 	}
 	if err := event.Append(s.config.Root, e); err != nil {
 		s.metrics.dropped.Inc()

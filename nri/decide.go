@@ -74,7 +74,7 @@ func Decide(pod *api.PodSandbox, c *api.Container, lookup Lookup) Decision {
 }
 
 func decide(pod *api.PodSandbox, c *api.Container, lookup Lookup) (d Decision) {
-	identity := checkpoint.Identity{Namespace: pod.GetNamespace(), Container: c.GetName()}
+	identity := checkpoint.Identity{Namespace: pod.GetNamespace(), Key: pod.GetUid(), Container: c.GetName()}
 	tell := func(t event.Type, id checkpoint.ID, code string, err error) {
 		i := identity
 		d.Events = append(d.Events, event.Event{Type: t, Identity: &i, CheckpointID: id, ReasonCode: code, Reason: err.Error()})
@@ -91,7 +91,7 @@ func decide(pod *api.PodSandbox, c *api.Container, lookup Lookup) (d Decision) {
 		return d
 	}
 	if settings.Key == "" {
-		settings.Key = pod.GetUid()
+		settings.Key = identity.Key
 	}
 	identity.Key = settings.Key
 	if err := checkpoint.ValidateKey(settings.Key); err != nil { // the pod's UID: an annotation was checked

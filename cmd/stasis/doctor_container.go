@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,11 +15,14 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 )
 
 // process is what /proc says of one process of the container.
 type process struct {
 	pid    int
+	ppid   int
 	comm   string
 	cgroup string
 	pidNS  string
@@ -47,13 +51,7 @@ func (d *doctor) container(name string) ([]finding, error) {
 			return nil, usageError{fmt.Errorf("--container %q: want a process, or 8 or more digits of a container's ID", name)}
 		}
 		for _, cg := range all {
-			// Both drivers end the path with the ID: ".../ID" and
-			// ".../cri-containerd-ID.scope".
-			base := strings.TrimSuffix(filepath.Base(cg), ".scope")
-			if i := strings.LastIndex(base, "-"); i >= 0 && strings.HasSuffix(cg, ".scope") {
-				base = base[i+1:]
-			}
-			if !strings.HasPrefix(base, name) || cg == path {
+			if !strings.HasPrefix(containerIDOf(cg), name) || cg == path {
 				continue
 			}
 			if path != "" {
@@ -85,6 +83,16 @@ func (d *doctor) container(name string) ([]finding, error) {
 		return nil, fmt.Errorf("container %q has ended: %w", name, errdefs.ErrNotFound)
 	}
 	return d.judge(path, ps, all), nil
+}
+
+// containerIDOf takes the ID from the end of a cgroup's path: ".../ID", or
+// ".../cri-containerd-ID.scope" with the systemd driver.
+func containerIDOf(cgroup string) string {
+	base, systemd := strings.CutSuffix(filepath.Base(cgroup), ".scope")
+	if i := strings.LastIndex(base, "-"); i >= 0 && systemd {
+		base = base[i+1:]
+	}
+	return base
 }
 
 // cgroups maps each process of the node to its cgroup: that of v2 where it is
@@ -138,6 +146,8 @@ func (d *doctor) process(pid int) (process, error) {
 		switch key {
 		case "Name":
 			p.comm = value
+		case "PPid":
+			p.ppid, _ = strconv.Atoi(value) // the kernel's own words
 		case "TracerPid":
 			if value != "0" {
 				p.tracer = value
@@ -216,7 +226,7 @@ func (d *doctor) judge(path string, ps []process, all map[int]string) []finding 
 			}
 		}
 	}
-	var fs []finding
+	fs := d.served(path, ps)
 	check := func(l level, what, fix string, found []string, fine string) {
 		if len(found) == 0 {
 			fs = append(fs, ok(name(what), "%s", fine))
@@ -258,6 +268,48 @@ func (d *doctor) judge(path string, ps []process, all map[int]string) []finding 
 		fs = append(fs, ok(name("memory"), "%s to dump, %s free in the store", size(memory), size(free)))
 	}
 	return fs
+}
+
+// bundles is where containerd keeps the bundles of CRI's containers.
+const bundles = "/run/containerd/io.containerd.runtime.v2.task/k8s.io"
+
+// served says whether the shim and the daemon know the container at all.
+func (d *doctor) served(path string, ps []process) []finding {
+	const name = "container: opted in"
+	inside := map[int]bool{}
+	for _, p := range ps {
+		inside[p.pid] = true
+	}
+	shim := ""
+	for _, p := range ps {
+		if !inside[p.ppid] {
+			b, err := os.ReadFile(d.path(fmt.Sprintf("/proc/%d/cmdline", p.ppid)))
+			if err == nil {
+				argv0, _, _ := strings.Cut(string(b), "\x00")
+				shim = filepath.Base(argv0)
+			}
+			break // exec processes have the same parent
+		}
+	}
+	if shim != shimName {
+		return []finding{bad(levelFail, name, "give the pod the RuntimeClass of the stasis runtime, and create it again", "it runs under %q, not under %s", shim, shimName)}
+	}
+	b, err := readConfig(d.path(filepath.Join(bundles, containerIDOf(path), "config.json")))
+	if err != nil {
+		return []finding{bad(levelWarn, name, "doctor expects the bundles in "+bundles, "%v", err)}
+	}
+	var spec struct {
+		Annotations map[string]string `json:"annotations"`
+	}
+	if err := json.Unmarshal(b, &spec); err != nil {
+		return []finding{bad(levelWarn, name, "create the pod again", "its bundle: %v", err)}
+	}
+	policy := spec.Annotations[checkpoint.InternalPolicy]
+	if policy == "" {
+		return []finding{bad(levelFail, name, "annotate the pod with "+checkpoint.AnnotationPolicy+": resume, have stasisd running, and create the pod again; stasis events tells of refused annotations",
+			"stasisd did not opt it in when it was created")}
+	}
+	return []finding{ok(name, "policy %s, key %s", policy, spec.Annotations[checkpoint.InternalKey])}
 }
 
 // isMPTCP reports whether the process's descriptor is an MPTCP socket. It asks

@@ -212,7 +212,7 @@ func fakeProcess(t *testing.T, root string, pid int, cgroup, pidNS, tracer strin
 		}
 	}
 	writeFile(t, filepath.Join(dir, "cgroup"), "0::"+cgroup+"\n", 0o644)
-	writeFile(t, filepath.Join(dir, "status"), "Name:\tapp\nTracerPid:\t"+tracer+"\nRssAnon:\t  1024 kB\nRssShmem:\t 1024 kB\n", 0o644)
+	writeFile(t, filepath.Join(dir, "status"), "Name:\tapp\nPPid:\t1\nTracerPid:\t"+tracer+"\nRssAnon:\t  1024 kB\nRssShmem:\t 1024 kB\n", 0o644)
 	writeFile(t, filepath.Join(dir, "maps"), "7f00-7f01 rw-p 00000000 00:00 0 \n7f01-7f02 r--p 00000000 08:01 5   /usr/lib/x.so\n", 0o644)
 	for n, target := range append(fds, "/dev/null") {
 		if err := os.Symlink(target, filepath.Join(dir, "fd", strconv.Itoa(n))); err != nil {
@@ -228,12 +228,15 @@ func TestDoctorContainer(t *testing.T) {
 	const id = "4f5a0e9d2c1b4f5a0e9d2c1b"
 	for name, tc := range map[string]struct {
 		cgroup, pidNS, tracer string
+		shim, annotation      string
 		fds                   []string
 		free                  int64
 		want                  string // check that fails, or is warned of
 	}{
 		"fit":          {cgroup: "/kubepods/pod1/" + id, want: ""},
 		"fit, systemd": {cgroup: "/kubepods.slice/kubepods-pod1.slice/cri-containerd-" + id + ".scope", want: ""},
+		"stock shim":   {shim: "/usr/bin/containerd-shim-runc-v2", want: "container: opted in"},
+		"no opt-in":    {annotation: "stasis.dev/policy", want: "container: opted in"},
 		"io_uring":     {fds: []string{"anon_inode:[io_uring]"}, want: "container: io_uring"},
 		"gpu":          {fds: []string{"/dev/nvidia0"}, want: "container: accelerators"},
 		"render node":  {fds: []string{"/dev/dri/renderD128"}, want: "container: accelerators"},
@@ -253,11 +256,19 @@ func TestDoctorContainer(t *testing.T) {
 			if tc.tracer == "" {
 				tc.tracer = "0"
 			}
+			if tc.shim == "" {
+				tc.shim = "/usr/local/bin/" + shimName
+			}
+			if tc.annotation == "" {
+				tc.annotation = "stasis.dev/internal.policy"
+			}
 			if tc.free == 0 {
 				tc.free = 1 << 40
 			}
 			d := &doctor{fsRoot: t.TempDir(), storeRoot: "/", freeBytes: func(string) (int64, bool, error) { return tc.free, false, nil }}
 			fakeProcess(t, d.fsRoot, 1, "/", "1", "0")
+			writeFile(t, filepath.Join(d.fsRoot, "proc/1/cmdline"), tc.shim+"\x00-namespace\x00k8s.io\x00", 0o644)
+			writeFile(t, filepath.Join(d.fsRoot, bundles, id, "config.json"), `{"annotations": {"`+tc.annotation+`": "resume"}}`, 0o644)
 			fakeProcess(t, d.fsRoot, 4000001, tc.cgroup, tc.pidNS, tc.tracer, tc.fds...)
 			fakeProcess(t, d.fsRoot, 4000002, tc.cgroup+"/inner", tc.pidNS, "0")
 			fakeProcess(t, d.fsRoot, 4000003, "/kubepods/pod1/other", "3", "0", "anon_inode:[io_uring]")
