@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -154,7 +155,10 @@ func Run(ctx context.Context, config Config) (err error) {
 func newServer(config Config, st *store.Store) *server {
 	m := newMetrics(config.Version)
 	s := &server{config: config, store: st, metrics: m, jobs: make(chan job, jobQueue), started: time.Now(), lastTick: time.Now(), hostFacts: "not known yet"}
-	s.plugin = &plugin{latest: st.Latest, later: s.later, metrics: m, pods: newPods(), lookups: make(chan struct{}, maxLookups)}
+	pods := newPods()
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "stasis", Name: "pods",
+		Help: "Pod sandboxes that the runtime told of."}, func() float64 { return float64(pods.count()) }))
+	s.plugin = &plugin{latest: st.Latest, later: s.later, metrics: m, pods: pods, lookups: make(chan struct{}, maxLookups)}
 	return s
 }
 
@@ -374,16 +378,12 @@ func (s *server) refresh(ctx context.Context, stale bool) (done bool, err error)
 	return true, nil
 }
 
-// collect sweeps once, and then removes old checkpoints at each interval.
+// collect tidies up and removes old checkpoints, now and at each interval.
 func (s *server) collect(ctx context.Context) {
-	if r, err := s.store.Sweep(ctx); err != nil {
-		log.G(ctx).WithError(err).Error("sweep")
-	} else if r.Stages+r.Trash+len(r.Released) > 0 {
-		log.G(ctx).WithFields(log.Fields{"op": "sweep", "stages": r.Stages, "trash": r.Trash, "released": len(r.Released)}).Info("tidied up after processes that died")
-	}
 	tick := time.NewTicker(s.config.GCInterval)
 	defer tick.Stop()
 	for {
+		s.sweep(ctx)
 		s.gc(ctx)
 		select {
 		case <-tick.C:
@@ -391,6 +391,16 @@ func (s *server) collect(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
+	}
+}
+
+func (s *server) sweep(ctx context.Context) {
+	r, err := s.store.Sweep(ctx)
+	if err != nil && ctx.Err() == nil {
+		log.G(ctx).WithError(err).Error("sweep")
+	}
+	if r.Stages+r.Trash+len(r.Released) > 0 {
+		log.G(ctx).WithFields(log.Fields{"op": "sweep", "stages": r.Stages, "trash": r.Trash, "released": len(r.Released)}).Info("tidied up after processes that died")
 	}
 }
 

@@ -377,3 +377,48 @@ func TestImportCompressed(t *testing.T) {
 	s.fails(exitUsage, "--namespace", "import", "x.tar")
 	s.fails(exitUsage, "--key", "import", "x.tar", "-n", "a", "--key", "..", "--container", "c")
 }
+
+// FuzzUnpack reads hostile archives: whatever they hold, nothing appears but
+// files of known names in the stage.
+func FuzzUnpack(f *testing.F) {
+	var small bytes.Buffer
+	w := tar.NewWriter(&small)
+	for _, m := range []member{reg("config.dump", "{}"), reg("spec.dump", `{"process":{}}`), reg("checkpoint/inventory.img", "x"), reg("rootfs-diff.tar", "")} {
+		if err := w.WriteHeader(&m.Header); err != nil {
+			f.Fatal(err)
+		}
+		if _, err := io.WriteString(w, m.body); err != nil {
+			f.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(small.Bytes())
+	f.Add([]byte{0x1f, 0x8b, 0})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		outer := t.TempDir()
+		u := &unpacker{ctx: context.Background(), dir: filepath.Join(outer, "stage"), left: 1 << 20, seen: map[string]bool{}}
+		if err := os.MkdirAll(filepath.Join(u.dir, checkpoint.ImageDir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := u.unpack(bytes.NewReader(data)); err == nil {
+			if u.describe(&checkpoint.Manifest{}, importOptions{imageDigest: "sha256:bb", assumeHost: true}) == nil && u.diff != "" {
+				_, _ = u.convertDiff()
+			}
+		}
+		entries, err := os.ReadDir(outer)
+		if err != nil || len(entries) != 1 {
+			t.Fatalf("outside of the stage: %v, %v", entries, err)
+		}
+		err = filepath.WalkDir(u.dir, func(p string, e os.DirEntry, err error) error {
+			if err == nil && !strings.Contains(p, ".rootfs-diff") && !e.IsDir() && !e.Type().IsRegular() {
+				t.Errorf("%s is %v", p, e.Type())
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+}
