@@ -98,6 +98,19 @@ func TestKill9(t *testing.T) {
 	}
 }
 
+// removeEventually removes a pod whose runtime may be recovering.
+func (p *pod) removeEventually() {
+	p.n.t.Helper()
+	eventually(p.n.t, "removal of pod "+p.config.Metadata.Name, func() error {
+		if _, err := p.n.rt.StopPodSandbox(p.n.ctx(), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
+			return err
+		}
+		_, err := p.n.rt.RemovePodSandbox(p.n.ctx(), &cri.RemovePodSandboxRequest{PodSandboxId: p.id})
+		return err
+	})
+	p.id = ""
+}
+
 func oneFault(t *testing.T, n *node, victim string, i int, outcome map[string]int) {
 	key := uniqueKey(t)
 	marker := "marker-" + key
@@ -142,14 +155,7 @@ func oneFault(t *testing.T, n *node, victim string, i int, outcome map[string]in
 	if ns, _ := counts(c.log()); len(ns) > 0 {
 		high = ns[len(ns)-1]
 	}
-	eventually(t, "removal of the pod", func() error {
-		if _, err := n.rt.StopPodSandbox(n.ctx(), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
-			return err
-		}
-		_, err := n.rt.RemovePodSandbox(n.ctx(), &cri.RemovePodSandboxRequest{PodSandboxId: p.id})
-		return err
-	})
-	p.id = ""
+	p.removeEventually()
 	eventually(t, "end of the old processes", func() error {
 		if m := copies(marker); m != 0 {
 			return fmt.Errorf("%d are left", m)
@@ -170,17 +176,19 @@ func oneFault(t *testing.T, n *node, victim string, i int, outcome map[string]in
 	if err != nil {
 		// The fault hit the start; the kubelet would try again, in a new sandbox
 		// where the old one's shim is dead.
-		eventually(t, "removal of the failed pod", func() error {
-			n.rt.StopPodSandbox(n.ctx(), &cri.StopPodSandboxRequest{PodSandboxId: p.id})
-			_, err := n.rt.RemovePodSandbox(n.ctx(), &cri.RemovePodSandboxRequest{PodSandboxId: p.id})
-			return err
-		})
-		p.id = ""
+		p.removeEventually()
 		p = n.runPod(key, annotate(key))
 		c = p.start("c", "busybox", command)
 	}
-	if victim == "shim" && !duringDump && c.status().State != cri.ContainerState_CONTAINER_RUNNING {
+	if victim == "shim" && len(shimPIDs(p.id)) == 0 {
 		// Started, then killed with its shim: that is what a dead shim means.
+		eventually(t, "end of the container without a shim", func() error {
+			if st := c.status(); st.State == cri.ContainerState_CONTAINER_RUNNING {
+				return fmt.Errorf("state %v", st.State)
+			}
+			return nil
+		})
+		p.removeEventually()
 		outcome["died with its shim"]++
 		return
 	}
@@ -218,5 +226,5 @@ func oneFault(t *testing.T, n *node, victim string, i int, outcome map[string]in
 		outcome["cold"]++
 	}
 	c.stop(20)
-	p.remove()
+	p.removeEventually()
 }
