@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -219,4 +220,96 @@ func (c *ctr) specAnnotations() map[string]string {
 		c.p.n.t.Fatal(err)
 	}
 	return s.Annotations
+}
+
+func attempt(n uint32) ctrOption {
+	return func(c *cri.ContainerConfig) { c.Metadata.Attempt = n }
+}
+
+// TestCrashLoop restarts a container in its sandbox, as the kubelet does with
+// one that fails: the first restart goes on, the second within ten seconds
+// starts cold, for restoring would only bring back what failed.
+func TestCrashLoop(t *testing.T) {
+	n, key := newNode(t), uniqueKey(t)
+	p := n.runPod(key, annotate(key))
+	c := p.start("c", "busybox", shell(counting))
+	c.waitCount(3)
+	c.stop(30)
+	c = p.start("c", "busybox", shell(counting), attempt(1))
+	wantEvent(t, key, event.Restored, "")
+	c.stop(30)
+	if m := readManifest(t, records(t, key)[0]); m.RestoredFrom == "" || m.UptimeMillis >= 10_000 {
+		t.Fatalf("the restored container lived %d ms, too long for this test", m.UptimeMillis)
+	}
+	logged := c.log()
+	c = p.start("c", "busybox", shell(counting), attempt(2))
+	wantEvent(t, key, event.ColdStart, "crash-loop")
+	eventually(t, "a cold start", func() error {
+		if ns, _ := counts(strings.TrimPrefix(c.log(), logged)); len(ns) == 0 || ns[0] != 1 {
+			return fmt.Errorf("counts %v", ns)
+		}
+		return nil
+	})
+}
+
+// TestOtherNamespace: the same key and name in another namespace is another
+// identity, and gets nothing.
+func TestOtherNamespace(t *testing.T) {
+	n, key := newNode(t), uniqueKey(t)
+	p := n.runPod(key, annotate(key))
+	c := p.start("c", "busybox", shell(counting))
+	c.waitCount(20)
+	c.stop(30)
+	p.remove()
+	p = n.runPod(key, annotate(key), func(c *cri.PodSandboxConfig) { c.Metadata.Namespace = "attacker" })
+	c = p.start("c", "busybox", shell(counting))
+	c.waitCount(1)
+	if ns, _ := counts(c.log()); ns[0] != 1 {
+		t.Errorf("a pod of another namespace begins with count %d", ns[0])
+	}
+	if len(records(t, key)) != 1 {
+		t.Error("the record of the first namespace is gone")
+	}
+}
+
+// TestDaemonAway: without the daemon a pod is an ordinary pod, and a record
+// waits.
+func TestDaemonAway(t *testing.T) {
+	n, key := newNode(t), uniqueKey(t)
+	p := n.runPod(key, annotate(key))
+	c := p.start("c", "busybox", shell(counting))
+	c.waitCount(3)
+	c.stop(30)
+	p.remove()
+	if err := syscall.Kill(daemonPID(t, "stasisd"), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "end of the daemon", func() error {
+		if err := syscall.Kill(daemonPID(t, "stasisd"), 0); err == nil {
+			return fmt.Errorf("it is alive")
+		}
+		return nil
+	})
+	p = n.runPod(key, annotate(key))
+	c = p.start("c", "busybox", shell(trapping))
+	if ns, _ := counts(c.log()); len(ns) > 0 && ns[0] != 1 {
+		t.Errorf("restored without a daemon, at %d", ns[0])
+	}
+	c.waitCount(1)
+	c.stop(30)
+	if st := c.status(); st.ExitCode != 7 {
+		t.Errorf("exit code %d, want the program's own 7", st.ExitCode)
+	}
+	p.remove()
+	run(t, "/src/test/node/up", "stasisd")
+	eventually(t, "the daemon's return", func() error {
+		p := n.runPod(key, annotate(key))
+		defer p.remove()
+		c := p.start("c", "busybox", shell(counting))
+		c.waitCount(0)
+		if ns, _ := counts(c.log()); ns[0] == 1 {
+			return fmt.Errorf("cold")
+		}
+		return nil
+	})
 }
