@@ -150,16 +150,12 @@ func lookupCode(err error) string {
 	return "internal"
 }
 
-// known are the annotations that a user may write on a pod.
-var known = []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP}
-
 // unknownAnnotations lists the names of our name space that mean nothing,
 // sorted: a typing error there would otherwise go unseen.
 func unknownAnnotations(annotations map[string]string) []string {
 	var unknown []string
 	for _, name := range slices.Sorted(maps.Keys(annotations)) {
-		base, _, _ := strings.Cut(name, "/container.")
-		if strings.HasPrefix(name, checkpoint.Prefix) && !slices.Contains(known, base) {
+		if checkpoint.Ours(name) && !checkpoint.Known(name) {
 			unknown = append(unknown, name)
 		}
 	}

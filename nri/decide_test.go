@@ -67,12 +67,12 @@ func TestDecide(t *testing.T) {
 	}{
 		"no annotations":           {lookup: never},
 		"off":                      {pod: map[string]string{checkpoint.AnnotationPolicy: "off"}, lookup: never},
-		"of another container":     {pod: map[string]string{checkpoint.AnnotationPolicy + "/container.other": "resume"}, lookup: never},
-		"container's own is off":   {pod: map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.AnnotationPolicy + "/container.c": "off"}, lookup: never},
+		"of another container":     {pod: map[string]string{checkpoint.ContainerAnnotation(checkpoint.AnnotationPolicy, "other"): "resume"}, lookup: never},
+		"container's own is off":   {pod: map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.ContainerAnnotation(checkpoint.AnnotationPolicy, "c"): "off"}, lookup: never},
 		"container wrote a policy": {container: resume, lookup: never},
 		"none yet":                 {pod: resume, lookup: none, set: optedIn},
 		"settings": {
-			pod: map[string]string{checkpoint.AnnotationPolicy + "/container.c": "reboot", checkpoint.AnnotationKey: "db-0",
+			pod: map[string]string{checkpoint.ContainerAnnotation(checkpoint.AnnotationPolicy, "c"): "reboot", checkpoint.AnnotationKey: "db-0",
 				checkpoint.AnnotationOnFailure: "fail", checkpoint.AnnotationTCP: "keep"},
 			lookup: none,
 			set: with(checkpoint.InternalPolicy, "reboot", checkpoint.InternalKey, "db-0", checkpoint.InternalOnFailure, "fail",

@@ -9,7 +9,7 @@ import (
 const Prefix = "stasis.dev/"
 
 // Annotations that a user writes on a pod. Each may be narrowed to one
-// container by the suffix "/container.NAME", the convention of NRI plugins.
+// container, see [ContainerAnnotation].
 const (
 	// AnnotationPolicy says when a container is dumped and restored: see [Policy].
 	AnnotationPolicy = Prefix + "policy"
@@ -21,6 +21,36 @@ const (
 	// AnnotationTCP says what becomes of established TCP connections: see [TCP].
 	AnnotationTCP = Prefix + "tcp"
 )
+
+// ContainerAnnotation is the form of an annotation that holds for one container
+// of the pod: "policy.stasis.dev/container.NAME" for "stasis.dev/policy". It is
+// the convention of NRI plugins; a second slash, as in
+// "stasis.dev/policy/container.NAME", is not a name that Kubernetes accepts. By
+// its rules NAME has at most 53 bytes.
+func ContainerAnnotation(name, container string) string {
+	return strings.TrimPrefix(name, Prefix) + containerInfix + container
+}
+
+// containerInfix stands between the annotation's own name and the container's.
+const containerInfix = "." + Prefix + "container."
+
+// Known reports whether a user may write the annotation, for a pod or for one
+// container. Names that are not of this module are not known.
+func Known(name string) bool {
+	if own, _, ok := strings.Cut(name, containerInfix); ok {
+		name = Prefix + own
+	}
+	switch name {
+	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP:
+		return true
+	}
+	return false
+}
+
+// Ours reports whether an annotation is of the name space of stasis.
+func Ours(name string) bool {
+	return strings.HasPrefix(name, Prefix) || strings.Contains(name, "."+Prefix)
+}
 
 // Annotations that only the daemon writes, into the OCI spec of a container.
 // Whatever a user put there is removed or overwritten.
@@ -102,7 +132,7 @@ func (s Settings) OptedIn() bool { return s.Policy == PolicyResume || s.Policy =
 func ParseSettings(annotations map[string]string, container string) (Settings, error) {
 	off := Settings{Policy: PolicyOff}
 	get := func(name string) (string, error) {
-		key := name + "/container." + container
+		key := ContainerAnnotation(name, container)
 		v, ok := annotations[key]
 		if !ok {
 			key = name

@@ -27,18 +27,18 @@ func TestParseSettings(t *testing.T) {
 		"reboot":                {map[string]string{p: "reboot"}, with(func(s *checkpoint.Settings) { s.Policy = checkpoint.PolicyReboot }), ""},
 		"all":                   {map[string]string{p: "resume", "stasis.dev/key": "Db-0", "stasis.dev/on-failure": "fail", "stasis.dev/tcp": "keep"}, checkpoint.Settings{Policy: checkpoint.PolicyResume, Key: "Db-0", OnFailure: checkpoint.OnFailureFail, TCP: checkpoint.TCPKeep}, ""},
 		"defaults said":         {map[string]string{p: "resume", "stasis.dev/on-failure": "cold-start", "stasis.dev/tcp": "close"}, full, ""},
-		"this container only":   {map[string]string{p + "/container.app": "resume"}, full, ""},
-		"another container":     {map[string]string{p + "/container.sidecar": "resume"}, off, ""},
-		"container wins":        {map[string]string{p: "resume", p + "/container.app": "off"}, off, ""},
-		"container's key wins":  {map[string]string{p: "resume", "stasis.dev/key": "pod", "stasis.dev/key/container.app": "own"}, with(func(s *checkpoint.Settings) { s.Key = "own" }), ""},
-		"container says empty":  {map[string]string{p: "resume", p + "/container.app": ""}, off, ""},
+		"this container only":   {map[string]string{checkpoint.ContainerAnnotation(p, "app"): "resume"}, full, ""},
+		"another container":     {map[string]string{checkpoint.ContainerAnnotation(p, "sidecar"): "resume"}, off, ""},
+		"container wins":        {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): "off"}, off, ""},
+		"container's key wins":  {map[string]string{p: "resume", "stasis.dev/key": "pod", "key.stasis.dev/container.app": "own"}, with(func(s *checkpoint.Settings) { s.Key = "own" }), ""},
+		"container says empty":  {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): ""}, off, ""},
 		"unknown policy":        {map[string]string{p: "Resume"}, off, p},
 		"unknown failure":       {map[string]string{p: "resume", "stasis.dev/on-failure": "panic"}, off, "stasis.dev/on-failure"},
 		"unknown tcp":           {map[string]string{p: "resume", "stasis.dev/tcp": "yes"}, off, "stasis.dev/tcp"},
 		"oversized policy":      {map[string]string{p: strings.Repeat("x", 257)}, off, p},
 		"oversized key":         {map[string]string{p: "resume", "stasis.dev/key": strings.Repeat("x", 257)}, off, "stasis.dev/key"},
 		"key is a path":         {map[string]string{p: "resume", "stasis.dev/key": "../x"}, off, "stasis.dev/key"},
-		"bad in a container":    {map[string]string{p: "resume", p + "/container.app": "maybe"}, off, p},
+		"bad in a container":    {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): "maybe"}, off, p},
 		"internal is not ours":  {map[string]string{checkpoint.InternalPolicy: "resume"}, off, ""},
 		"spaces are not cut":    {map[string]string{p: " resume"}, off, p},
 		"key without a policy":  {map[string]string{"stasis.dev/key": "../x"}, off, ""},
@@ -95,7 +95,7 @@ func FuzzParseSettings(f *testing.F) {
 	f.Fuzz(func(t *testing.T, policy, key, onFailure, tcp, own, container string) {
 		s, err := checkpoint.ParseSettings(map[string]string{
 			checkpoint.AnnotationPolicy: policy, checkpoint.AnnotationKey: key, checkpoint.AnnotationOnFailure: onFailure,
-			checkpoint.AnnotationTCP: tcp, checkpoint.AnnotationPolicy + "/container." + container: own,
+			checkpoint.AnnotationTCP: tcp, checkpoint.ContainerAnnotation(checkpoint.AnnotationPolicy, container): own,
 		}, container)
 		if err != nil && (s.OptedIn() || !errors.Is(err, checkpoint.ErrInvalid)) {
 			t.Errorf("%+v after %v", s, err)
@@ -116,4 +116,27 @@ func FuzzParseSettings(f *testing.F) {
 			t.Errorf("%+v", s)
 		}
 	})
+}
+
+// TestContainerAnnotation: the form for one container is a name that Kubernetes
+// accepts: one slash, a DNS subdomain before it, at most 63 bytes after it.
+func TestContainerAnnotation(t *testing.T) {
+	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP} {
+		got := checkpoint.ContainerAnnotation(name, strings.Repeat("c", 53))
+		prefix, rest, _ := strings.Cut(got, "/")
+		if strings.Contains(rest, "/") || len(rest) > 63 || !strings.HasSuffix(prefix, ".stasis.dev") {
+			t.Errorf("%q is not a qualified name", got)
+		}
+		if !checkpoint.Known(got) || !checkpoint.Known(name) || !checkpoint.Ours(got) {
+			t.Errorf("%q is not known", got)
+		}
+	}
+	for _, name := range []string{"stasis.dev/polici", "stasis.dev/policy/container.c", "polici.stasis.dev/container.c", checkpoint.InternalKey} {
+		if checkpoint.Known(name) || !checkpoint.Ours(name) {
+			t.Errorf("%q: known %v, ours %v", name, checkpoint.Known(name), checkpoint.Ours(name))
+		}
+	}
+	if checkpoint.Ours("example.com/policy") {
+		t.Error("example.com/policy is not ours")
+	}
 }
