@@ -141,16 +141,35 @@ func (n *node) runPod(name string, annotations map[string]string, opts ...podOpt
 // remove stops and removes the pod; a pod that is gone already is no error.
 func (p *pod) remove() {
 	p.n.t.Helper()
-	if p.id == "" {
-		return
-	}
-	if _, err := p.n.rt.StopPodSandbox(p.n.ctx(), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
-		p.n.t.Errorf("stop pod %s: %v", p.config.Metadata.Name, err)
-	}
-	if _, err := p.n.rt.RemovePodSandbox(p.n.ctx(), &cri.RemovePodSandboxRequest{PodSandboxId: p.id}); err != nil {
+	if err := p.tryRemove(); err != nil {
 		p.n.t.Errorf("remove pod %s: %v", p.config.Metadata.Name, err)
 	}
 	p.id = ""
+}
+
+// tryRemove removes the containers before the sandbox, as the kubelet does.
+// containerd 2.4.2 can deadlock when it is left to RemovePodSandbox: that holds
+// the read lock against NRI's synchronisation and takes it once more for each
+// container, and a plugin that registers in between waits for the write lock.
+func (p *pod) tryRemove() error {
+	if p.id == "" {
+		return nil
+	}
+	ctx := p.n.ctx()
+	if _, err := p.n.rt.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
+		return err
+	}
+	r, err := p.n.rt.ListContainers(ctx, &cri.ListContainersRequest{Filter: &cri.ContainerFilter{PodSandboxId: p.id}})
+	if err != nil {
+		return err
+	}
+	for _, c := range r.Containers {
+		if _, err := p.n.rt.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: c.Id}); err != nil {
+			return err
+		}
+	}
+	_, err = p.n.rt.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: p.id})
+	return err
 }
 
 // ctr is one container of a pod.

@@ -101,13 +101,7 @@ func TestKill9(t *testing.T) {
 // removeEventually removes a pod whose runtime may be recovering.
 func (p *pod) removeEventually() {
 	p.n.t.Helper()
-	eventually(p.n.t, "removal of pod "+p.config.Metadata.Name, func() error {
-		if _, err := p.n.rt.StopPodSandbox(p.n.ctx(), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
-			return err
-		}
-		_, err := p.n.rt.RemovePodSandbox(p.n.ctx(), &cri.RemovePodSandboxRequest{PodSandboxId: p.id})
-		return err
-	})
+	eventually(p.n.t, "removal of pod "+p.config.Metadata.Name, p.tryRemove)
 	p.id = ""
 }
 
