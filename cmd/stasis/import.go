@@ -215,7 +215,7 @@ func (u *unpacker) unpack(r io.Reader) error {
 			return err
 		}
 		h, err := tr.Next()
-		if err == io.EOF && limited.N > 0 {
+		if errors.Is(err, io.EOF) && limited.N > 0 {
 			break
 		}
 		if err != nil {
@@ -456,7 +456,7 @@ func eachDiff(ctx context.Context, f io.ReadSeeker, limit int64, fn func(h *tar.
 			return err
 		}
 		h, err := tr.Next()
-		if err == io.EOF && limited.N > 0 {
+		if errors.Is(err, io.EOF) && limited.N > 0 {
 			return nil
 		}
 		if err == nil && n >= maxLayerEnts {

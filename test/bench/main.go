@@ -258,8 +258,12 @@ func (c client) dump(ctx context.Context, mb int) (d dump, err error) {
 		started := ms(time.Since(begin))
 		if round == 1 {
 			d.RestoreMs = started
-			if e, err := last(key); err != nil || e.Type != event.Restored {
-				return d, fmt.Errorf("not restored: %+v %v", e, err)
+			e, err := last(key)
+			if err != nil {
+				return d, err
+			}
+			if e.Type != event.Restored {
+				return d, fmt.Errorf("not restored: %s %s", e.Type, e.Reason)
 			}
 			return d, c.removePod(ctx, pod)
 		}

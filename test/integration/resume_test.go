@@ -84,7 +84,7 @@ func TestResume(t *testing.T) {
 	c := p.start("c", "busybox", shell(counting), withMount(v1, "/scratch"))
 	c.mustExec("/bin/sh", "-c", `mkdir /d && echo root >/d/f && ln /d/f /d/hard && ln -s f /d/soft && chown 7:8 /d/f &&
 		rm -r /etc/passwd && echo shm >/dev/shm/f && echo vol >/scratch/f && chmod 600 /scratch/f`)
-	before := c.waitCount(10)
+	c.waitCount(10)
 	c.stop(30)
 	st := c.status()
 	if st.State != cri.ContainerState_CONTAINER_EXITED || st.ExitCode == 0 {
@@ -95,7 +95,7 @@ func TestResume(t *testing.T) {
 		t.Errorf("event without figures: %+v", dumped)
 	}
 	ns, _ := counts(c.log())
-	before = ns[len(ns)-1]
+	before := ns[len(ns)-1]
 	p.remove()
 
 	v2 := memoryVolume(t, key+"-2")

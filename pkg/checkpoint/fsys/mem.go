@@ -1,6 +1,7 @@
 package fsys
 
 import (
+	"errors"
 	"context"
 	"io"
 	"io/fs"
@@ -311,7 +312,7 @@ func (m *Mem) RemoveAll(p string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	n, err := m.find(p)
-	if err == syscall.ENOENT {
+	if errors.Is(err, syscall.ENOENT) {
 		return nil
 	}
 	if err != nil {
