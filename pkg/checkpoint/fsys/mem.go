@@ -1,8 +1,8 @@
 package fsys
 
 import (
-	"errors"
 	"context"
+	"errors"
 	"io"
 	"io/fs"
 	"math/rand/v2"
