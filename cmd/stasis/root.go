@@ -127,7 +127,7 @@ Exit codes:
 		panic(err) // the flag is defined above
 	}
 	root.AddCommand(c.lsCommand(), c.inspectCommand(), c.rmCommand(), c.gcCommand(), c.verifyCommand(),
-		c.eventsCommand(), c.exportCommand(), c.importCommand(), c.doctorCommand(), c.statusCommand(), c.versionCommand())
+		c.eventsCommand(), c.exportCommand(), c.importCommand(), c.coreCommand(), c.doctorCommand(), c.statusCommand(), c.versionCommand())
 	return root
 }
 
