@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -245,12 +246,23 @@ func (d *doctor) judge(path string, ps []process, all map[int]string) []finding 
 	check(levelWarn, "devices", "close it before the container is stopped; CRIU dumps no such device", devices, "none open")
 	check(levelFail, "ptrace", "end the debugger or tracer", traced, "nobody traces it")
 
+	outside := func(pid int, cg string) bool {
+		if cg == path || strings.HasPrefix(cg, path+"/") {
+			return false
+		}
+		ns, err := os.Readlink(d.path(fmt.Sprintf("/proc/%d/ns/pid", pid)))
+		return err == nil && namespaces[ns]
+	}
 	var sharers []string
 	for pid, cg := range all {
-		if cg == path || strings.HasPrefix(cg, path+"/") {
+		if !outside(pid, cg) {
 			continue
 		}
-		if ns, err := os.Readlink(d.path(fmt.Sprintf("/proc/%d/ns/pid", pid))); err == nil && namespaces[ns] {
+		// A process that is just ending, or just being put into the container,
+		// is in another control group for a moment.
+		time.Sleep(50 * time.Millisecond)
+		b, err := os.ReadFile(d.path(fmt.Sprintf("/proc/%d/cgroup", pid)))
+		if err == nil && outside(pid, parseCgroup(string(b))) {
 			sharers = append(sharers, strconv.Itoa(pid))
 		}
 	}
