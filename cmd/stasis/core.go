@@ -46,13 +46,15 @@ PID is the process's in the container, as stasis inspect --processes shows it.
 With --all each process gets a file core.PID in DIR.
 
 Code and constant data are in the container's image, not in the core file: give
-gdb the executable, and with "set sysroot" a directory with the image's files if
-they are not those of this machine.
+gdb the executable, and with "set sysroot" a directory with the image's files.
+Without it gdb takes the files of the same names on this machine, which may be
+others.
 
 Files get mode 0600 and appear only when they are complete: they hold the memory
 of the container, with whatever secrets are there. Room for a copy of the memory
 is needed beside them, and for an archive's images once more while it is read.`,
-		Example: `  stasis core 0123 --pid 1 -o /root/core.1 && gdb /usr/bin/redis-server /root/core.1
+		Example: `  stasis core 0123 --pid 1 -o /root/core.1
+  gdb -iex 'set sysroot /mnt/image' /mnt/image/usr/bin/redis-server /root/core.1
   stasis core /var/lib/kubelet/checkpoints/checkpoint-x.tar --all -d /root/cores`,
 		Args: usage(cobra.ExactArgs(1)),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, s string) ([]string, cobra.ShellCompDirective) {
