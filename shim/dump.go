@@ -244,27 +244,44 @@ func (s *service) rollBack(ctx context.Context, c *container, cg *cgroup, stage 
 // second, until it is gone. Only CRIU changes its directory to a stage.
 func endProcessesIn(dir string) {
 	for range 50 {
-		found := false
-		entries, err := os.ReadDir("/proc")
-		if err != nil {
+		pids := processesIn(dir)
+		if len(pids) == 0 {
 			return
 		}
-		for _, e := range entries {
-			pid, err := strconv.Atoi(e.Name())
-			if err != nil || pid == os.Getpid() {
-				continue
-			}
-			cwd, err := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
-			if err == nil && (cwd == dir || strings.HasPrefix(cwd, dir+"/")) {
-				found = true
-				unix.Kill(pid, unix.SIGKILL) // an error means that it is gone
-			}
-		}
-		if !found {
-			return
+		for _, pid := range pids {
+			unix.Kill(pid, unix.SIGKILL) // an error means that it is gone
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
+}
+
+// waitProcessesIn waits, within five seconds, until nothing works in the directory.
+func waitProcessesIn(ctx context.Context, dir string) {
+	for range 100 {
+		if ctx.Err() != nil || len(processesIn(dir)) == 0 {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// processesIn lists the other processes whose current directory is dir or lies in it.
+func processesIn(dir string) (pids []int) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		cwd, err := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
+		if err == nil && (cwd == dir || strings.HasPrefix(cwd, dir+"/")) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // preflight refuses what can be known to fail before anything is frozen.

@@ -255,6 +255,12 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	m := p.claim.Manifest()
 	ctx = withFields(ctx, log.Fields{"checkpoint_id": m.ID})
 	resp, err := s.TTRPCTaskService.Start(ctx, r)
+	// A caller that goes away must not leave half of what follows: a checkpoint
+	// that was restored and not consumed would be restored once more, when the
+	// shim ends and its claim with it.
+	caller := ctx
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
 	if err == nil {
 		c.mu.Lock()
 		c.restore, c.restoredFrom = nil, m
@@ -273,11 +279,16 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		log.G(ctx).WithError(lerr).Debug("no restore log")
 	}
 	cause := fmt.Errorf("restore: %w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
+	if caller.Err() != nil {
+		// runc was killed with the call: that is no fault of the checkpoint.
+		cause = fmt.Errorf("restore: %w: %w", caller.Err(), errgrpc.ToNative(err))
+		waitProcessesIn(ctx, filepath.Join(c.bundle, "work")) // CRIU takes back what it made
+	}
 
 	end := c.beginExchange()
 	defer end()
 	s.publisher.muteDelete(c.id)
-	if _, err := s.TTRPCTaskService.Delete(ctx, &taskAPI.DeleteRequest{ID: c.id}); err != nil {
+	if err := s.deleteUnstarted(ctx, c.id); err != nil {
 		s.publisher.drop(c.id) // no event will come
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: delete after failed restore: %w", c.id, errors.Join(cause, errgrpc.ToNative(err))))
 	}
@@ -287,13 +298,35 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	if err := s.refuse(ctx, c, m.ID, p, cause); err != nil {
 		return nil, err
 	}
+	if caller.Err() != nil {
+		return nil, errgrpc.ToGRPC(cause) // nobody waits for a cold start
+	}
 	if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	if _, err := s.TTRPCTaskService.Create(ctx, c.request); err != nil {
+	if _, err := s.TTRPCTaskService.Create(caller, c.request); err != nil {
 		return nil, err
 	}
-	return s.TTRPCTaskService.Start(ctx, r)
+	return s.TTRPCTaskService.Start(caller, r)
+}
+
+// deleteUnstarted removes the inner object of a restore that failed. Where runc
+// failed after its processes ran, it does not delete them before they are dead.
+func (s *service) deleteUnstarted(ctx context.Context, id string) error {
+	_, err := s.TTRPCTaskService.Delete(ctx, &taskAPI.DeleteRequest{ID: id})
+	if err == nil {
+		return nil
+	}
+	if kerr := s.kill(ctx, &taskAPI.KillRequest{ID: id, Signal: uint32(unix.SIGKILL), All: true}); kerr != nil {
+		err = errors.Join(err, kerr)
+	}
+	for range 20 {
+		time.Sleep(50 * time.Millisecond)
+		if _, again := s.TTRPCTaskService.Delete(ctx, &taskAPI.DeleteRequest{ID: id}); again == nil {
+			return nil
+		}
+	}
+	return err
 }
 
 // abandonRestore gives back the claim of a container that was created from a

@@ -1,0 +1,160 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
+)
+
+// restoringInner is an inner service with a container that was created from a
+// checkpoint.
+type restoringInner struct {
+	*inner
+	start   func() error // outcome of the next Start, nil for success
+	running bool         // as runc sees it
+}
+
+func (i *restoringInner) Start(ctx context.Context, _ *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
+	i.calls = append(i.calls, "start")
+	if i.start != nil {
+		start := i.start
+		i.start = nil
+		if err := start(); err != nil {
+			return nil, err
+		}
+	}
+	return &taskAPI.StartResponse{Pid: 7}, nil
+}
+
+func (i *restoringInner) Delete(ctx context.Context, _ *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {
+	i.calls = append(i.calls, "delete")
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if i.running {
+		return nil, errors.New("cannot delete container that is not stopped")
+	}
+	return &taskAPI.DeleteResponse{}, nil
+}
+
+func (i *restoringInner) Kill(ctx context.Context, _ *taskAPI.KillRequest) (*emptypb.Empty, error) {
+	i.calls = append(i.calls, "kill")
+	i.running = false
+	return empty, ctx.Err()
+}
+
+// pending makes a container that was created from a committed checkpoint.
+func pending(t *testing.T) (*service, *restoringInner, *container, *store.Store) {
+	t.Helper()
+	s, in := testService(t)
+	i := &restoringInner{inner: in}
+	s.TTRPCTaskService = i
+	s.config.Root = filepath.Join(t.TempDir(), "store")
+	st, err := store.Open(fsys.OS{}, s.config.Root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	identity := checkpoint.Identity{Namespace: "ns", Key: "key", Container: "app"}
+	m := &checkpoint.Manifest{ID: checkpoint.NewID(identity, time.Now()), Identity: identity, CreatedAt: time.Now()}
+	stage, err := st.Stage(t.Context(), m.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stage.Commit(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	c := newContainer("c")
+	c.bundle, c.upper, c.work = t.TempDir(), t.TempDir(), t.TempDir()
+	c.optedIn, c.identity = true, identity
+	c.request = &taskAPI.CreateTaskRequest{ID: "c", Bundle: c.bundle}
+	p := &pendingRestore{begun: time.Now()}
+	if p.claim, err = st.Claim(t.Context(), m.ID, "c"); err != nil {
+		t.Fatal(err)
+	}
+	if p.stage, err = st.Stage(t.Context(), m.ID); err != nil {
+		t.Fatal(err)
+	}
+	c.restore = p
+	s.containers["c"] = c
+	return s, i, c, st
+}
+
+// stateOf returns the only checkpoint's state, empty without one.
+func stateOf(t *testing.T, st *store.Store) store.State {
+	t.Helper()
+	records, err := st.List(t.Context())
+	if err != nil || len(records) > 1 {
+		t.Fatalf("%v, %v", records, err)
+	}
+	if stages, _ := filepath.Glob(filepath.Join(st.Root(), ".stage-*")); len(stages) > 0 {
+		t.Errorf("stages are left: %v", stages)
+	}
+	if len(records) == 0 {
+		return ""
+	}
+	return records[0].State
+}
+
+// TestRestoredCallerGone: a caller that goes away while the restore succeeds
+// does not leave the checkpoint to be restored a second time.
+func TestRestoredCallerGone(t *testing.T) {
+	s, i, _, st := pending(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	i.start = func() error { cancel(); return nil }
+	if _, err := s.Start(ctx, &taskAPI.StartRequest{ID: "c"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := stateOf(t, st); got != "" {
+		t.Errorf("the checkpoint is %s, want it consumed", got)
+	}
+}
+
+// TestRestoreAbandoned: a restore that ends with its call leaves no container,
+// and the checkpoint as good as it was.
+func TestRestoreAbandoned(t *testing.T) {
+	s, i, c, st := pending(t)
+	if err := os.WriteFile(filepath.Join(c.upper, "made-by-runc"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	i.start = func() error { cancel(); return errors.New("signal: killed") }
+	if _, err := s.Start(ctx, &taskAPI.StartRequest{ID: "c"}); err == nil {
+		t.Fatal("started")
+	}
+	if got := strings.Join(i.calls, " "); got != "start delete" {
+		t.Errorf("inner calls %q", got)
+	}
+	if got := stateOf(t, st); got != store.Committed {
+		t.Errorf("the checkpoint is %q, want it committed", got)
+	}
+	if entries, _ := os.ReadDir(c.upper); len(entries) != 0 {
+		t.Errorf("the writable layer holds %v", entries)
+	}
+}
+
+// TestRestoreFailsLate: processes that ran when runc failed are gone before the
+// container is started cold.
+func TestRestoreFailsLate(t *testing.T) {
+	s, i, _, st := pending(t)
+	i.start = func() error { i.running = true; return errors.New("open stdin") }
+	if _, err := s.Start(t.Context(), &taskAPI.StartRequest{ID: "c"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(i.calls, " "); got != "start delete kill delete create start" {
+		t.Errorf("inner calls %q", got)
+	}
+	if got := stateOf(t, st); got != store.Quarantined {
+		t.Errorf("the checkpoint is %q, want it quarantined", got)
+	}
+}
