@@ -190,12 +190,16 @@ func (s *service) refuse(ctx context.Context, c *container, id checkpoint.ID, p 
 	}
 	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
 	defer cancel()
+	var undone error
 	if p != nil {
-		if cerr := s.cleanRestore(c, p); cerr != nil {
-			// A cold start on a half restored file system would be worse than none.
-			return errgrpc.ToGRPC(fmt.Errorf("container %q: %w; undo: %w", c.id, err, cerr))
-		}
+		undone = s.cleanRestore(c, p)
 		s.setAside(cleanup, c, p, code, err)
+	}
+	if undone != nil {
+		// A cold start on a half restored file system would be worse than none.
+		err = fmt.Errorf("%w; undo: %w", err, undone)
+		s.event(cleanup, c, event.Event{Type: event.RestoreFail, CheckpointID: id, Reason: err.Error(), ReasonCode: code})
+		return errgrpc.ToGRPC(fmt.Errorf("container %q: %w", c.id, err))
 	}
 	e := event.Event{Type: event.ColdStart, CheckpointID: id, Reason: err.Error(), ReasonCode: code}
 	if c.settings.OnFailure == checkpoint.OnFailureFail {

@@ -158,3 +158,19 @@ func TestRestoreFailsLate(t *testing.T) {
 		t.Errorf("the checkpoint is %q, want it quarantined", got)
 	}
 }
+
+// TestUndoFails: what cannot be undone fails the start, but holds no claim.
+func TestUndoFails(t *testing.T) {
+	s, i, c, st := pending(t)
+	c.work = filepath.Join(c.work, "gone")
+	i.start = func() error { return errors.New("criu failed") }
+	if _, err := s.Start(t.Context(), &taskAPI.StartRequest{ID: "c"}); err == nil {
+		t.Fatal("started on a file system in an unknown state")
+	}
+	if got := strings.Join(i.calls, " "); got != "start delete" {
+		t.Errorf("inner calls %q", got)
+	}
+	if got := stateOf(t, st); got != store.Quarantined {
+		t.Errorf("the checkpoint is %q, want it quarantined", got)
+	}
+}
