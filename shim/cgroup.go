@@ -28,26 +28,49 @@ import (
 type cgroup struct {
 	v1 cgroup1.Cgroup
 	v2 *cgroup2.Manager
+
+	events string // v2: the file that tells whether the freeze is complete
 }
 
-// loadCgroup finds the cgroup of a process.
+// loadCgroup finds the cgroup of a process. It refuses one that the shim is in
+// itself: on v1 a process that has exited counts to the root, and a freeze or
+// kill there would hit the whole node.
 func loadCgroup(pid int) (*cgroup, error) {
-	if cgroups.Mode() == cgroups.Unified {
-		path, err := cgroup2.PidGroupPath(pid)
-		if err != nil {
-			return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
-		}
-		m, err := cgroup2.Load(path)
-		if err != nil {
-			return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
-		}
-		return &cgroup{v2: m}, nil
-	}
-	c, err := cgroup1.Load(cgroup1.PidPath(pid))
+	group, err := freezerPath(pid)
 	if err != nil {
 		return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
 	}
-	return &cgroup{v1: c}, nil
+	own, err := freezerPath(os.Getpid())
+	if err != nil {
+		return nil, fmt.Errorf("cgroup of the shim: %w", err)
+	}
+	if below(own, group) {
+		return nil, fmt.Errorf("cgroup of pid %d is %s, which holds the shim too", pid, group)
+	}
+	c := &cgroup{}
+	if cgroups.Mode() == cgroups.Unified {
+		c.events = filepath.Join("/sys/fs/cgroup", group, "cgroup.events")
+		c.v2, err = cgroup2.Load(group)
+	} else {
+		c.v1, err = cgroup1.Load(cgroup1.PidPath(pid))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
+	}
+	return c, nil
+}
+
+// freezerPath is the path of a process's cgroup in the hierarchy that freezes.
+func freezerPath(pid int) (string, error) {
+	if cgroups.Mode() == cgroups.Unified {
+		return cgroup2.PidGroupPath(pid)
+	}
+	return cgroup1.PidPath(pid)(cgroup1.Freezer)
+}
+
+// below tells whether a path is dir or lies in it.
+func below(path, dir string) bool {
+	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
 }
 
 // stat returns the metrics in the type that the inner service would return.
@@ -82,12 +105,39 @@ func (c *cgroup) pids() ([]uint32, error) {
 	return pids, nil
 }
 
-func (c *cgroup) freeze() error {
-	if c.v2 != nil {
-		return c.v2.Freeze()
+// freeze returns when all tasks are frozen. On v2 the kernel takes the order
+// and carries it out afterwards; only cgroup.events tells when it has.
+func (c *cgroup) freeze(ctx context.Context) error {
+	if c.v2 == nil {
+		return c.v1.Freeze()
 	}
-	return c.v1.Freeze()
+	if err := c.v2.Freeze(); err != nil {
+		return err
+	}
+	return waitFrozen(ctx, c.events)
 }
+
+func waitFrozen(ctx context.Context, events string) error {
+	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
+	defer cancel()
+	for {
+		b, err := os.ReadFile(events)
+		if err != nil {
+			return err
+		}
+		if strings.Contains(string(b), "frozen 1") {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the cgroup does not freeze: %w", ctx.Err())
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+// freezeTimeout bounds one freeze: a task in an uninterruptible wait does not freeze.
+const freezeTimeout = 10 * time.Second
 
 // forkSyscalls are the system calls in which a task waits for a vforked child.
 var forkSyscalls = map[string]bool{
@@ -128,7 +178,8 @@ func (c *cgroup) inVfork() (bool, error) {
 }
 
 // leaveVfork lets a frozen cgroup run for moments until no task of it is in
-// the middle of a vfork. It leaves the cgroup frozen, also where it gives up.
+// the middle of a vfork. It leaves the cgroup frozen, also where it gives up;
+// after an error the caller thaws.
 func (c *cgroup) leaveVfork(ctx context.Context) error {
 	for wait := time.Millisecond; wait < time.Second; wait *= 2 {
 		in, err := c.inVfork()
@@ -142,7 +193,7 @@ func (c *cgroup) leaveVfork(ctx context.Context) error {
 		case <-time.After(wait):
 		case <-ctx.Done():
 		}
-		if err := c.freeze(); err != nil {
+		if err := c.freeze(ctx); err != nil {
 			return err
 		}
 		if err := ctx.Err(); err != nil {

@@ -1,0 +1,56 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// TestOwnCgroup: what would freeze or kill the shim itself is never taken for a
+// container's.
+func TestOwnCgroup(t *testing.T) {
+	if c, err := loadCgroup(os.Getpid()); err == nil {
+		t.Errorf("loaded the shim's own cgroup: %+v", c)
+	}
+	for _, tc := range []struct {
+		path, dir string
+		want      bool
+	}{
+		{"/a/b", "/", true},
+		{"/", "/", true},
+		{"/a/b", "/a/b", true},
+		{"/a/b", "/a", true},
+		{"/a/b", "/a/b/c", false},
+		{"/ab", "/a", false},
+		{"/", "/a", false},
+	} {
+		if got := below(tc.path, tc.dir); got != tc.want {
+			t.Errorf("below(%q, %q) = %v", tc.path, tc.dir, got)
+		}
+	}
+}
+
+func TestWaitFrozen(t *testing.T) {
+	events := filepath.Join(t.TempDir(), "cgroup.events")
+	write := func(s string) {
+		if err := os.WriteFile(events, []byte(s), 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	write("populated 1\nfrozen 0\n")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := waitFrozen(ctx, events); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("not frozen yet: %v", err)
+	}
+	time.AfterFunc(10*time.Millisecond, func() { write("populated 1\nfrozen 1\n") })
+	if err := waitFrozen(t.Context(), events); err != nil {
+		t.Error(err)
+	}
+	if err := waitFrozen(t.Context(), events+"-gone"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("gone: %v", err)
+	}
+}
