@@ -61,7 +61,14 @@ func (s *service) beginDump(ctx context.Context, c *container, r *taskAPI.KillRe
 		return job, false
 	}
 	state, err := s.TTRPCTaskService.State(ctx, &taskAPI.StateRequest{ID: c.id})
-	if err != nil || state.Status != task.Status_RUNNING {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.dump != nil {
+		// Another Kill was faster. A signal that is delivered to the frozen
+		// container would be dumped with it, and stop it once restored.
+		return c.dump, false
+	}
+	if err != nil || state.Status != task.Status_RUNNING || c.busy != "" {
 		return nil, false
 	}
 	deadline := time.Now().Add(s.config.DumpTimeout)
@@ -72,13 +79,7 @@ func (s *service) beginDump(ctx context.Context, c *container, r *taskAPI.KillRe
 	jobCtx, cancelCause := context.WithCancelCause(jobCtx)
 	jobCtx, cancel := context.WithDeadline(jobCtx, deadline)
 	job = &dumpJob{cancel: cancelCause, done: make(chan struct{})}
-	if !c.begin("dump", state) {
-		cancel()
-		return nil, false
-	}
-	c.mu.Lock()
-	c.dump = job
-	c.mu.Unlock()
+	c.busy, c.state, c.dump = "dump", state, job
 	go func() {
 		defer cancelCause(nil)
 		defer cancel()
