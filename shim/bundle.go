@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/api/types"
@@ -149,7 +150,7 @@ type volume struct {
 func memoryVolumes(s *specs.Spec) ([]volume, error) {
 	var vs []volume
 	for _, m := range s.Mounts {
-		if m.Type != "bind" && m.Type != "" || !filepath.IsAbs(m.Source) || hasOption(m.Options, "ro") {
+		if m.Type != "bind" && m.Type != "" || !filepath.IsAbs(m.Source) || readOnly(m.Options) {
 			continue
 		}
 		own, err := isTmpfsRoot(m.Source)
@@ -168,13 +169,10 @@ func memoryVolumes(s *specs.Spec) ([]volume, error) {
 // hostTmpfs are the node's own; a pod that mounts one shares it with the host.
 var hostTmpfs = map[string]bool{"/run": true, "/dev/shm": true, "/tmp": true, "/dev": true, "/run/lock": true, "/run/shm": true}
 
-func hasOption(options []string, want string) bool {
-	for _, o := range options {
-		if o == want {
-			return true
-		}
-	}
-	return false
+// readOnly tells whether mount options say so. Secrets and other projected
+// volumes are such mounts; what they hold must not get into a checkpoint.
+func readOnly(options []string) bool {
+	return slices.Contains(options, "ro") || slices.Contains(options, "rro") // rro: recursively
 }
 
 func isTmpfsRoot(path string) (bool, error) {

@@ -252,6 +252,14 @@ func TestOverlayDirs(t *testing.T) {
 	}
 }
 
+func TestReadOnly(t *testing.T) {
+	for options, want := range map[string]bool{"rbind ro": true, "rbind rprivate rro": true, "rbind rw": false, "": false, "nosuid,ro": false} {
+		if got := readOnly(strings.Fields(options)); got != want {
+			t.Errorf("%q: %v", options, got)
+		}
+	}
+}
+
 func TestSettingsRefused(t *testing.T) {
 	for _, a := range []map[string]string{
 		{checkpoint.InternalPolicy: "resume", checkpoint.InternalKey: "../x"},
