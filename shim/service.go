@@ -50,9 +50,11 @@ func newService(ctx context.Context, inner taskAPI.TTRPCTaskService, p *publishe
 		ctx:              ctx,
 		config:           config,
 		publisher:        p,
-		// Both are made at the first use: a pod without checkpoints needs neither.
-		oom:        sync.OnceValue(func() *oomWatcher { return newOOMWatcher(ctx, p) }),
-		openStore:  sync.OnceValues(func() (*store.Store, error) { return store.Open(fsys.OS{}, config.Root) }),
+		// Both are made when used: a pod without checkpoints needs neither.
+		oom: sync.OnceValue(func() *oomWatcher { return newOOMWatcher(ctx, p) }),
+		// Each time anew: what is wrong with the store today may be repaired
+		// long before the pod ends.
+		openStore:  func() (*store.Store, error) { return store.Open(fsys.OS{}, config.Root) },
 		containers: make(map[string]*container),
 	}
 }

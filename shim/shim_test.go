@@ -252,6 +252,23 @@ func TestOverlayDirs(t *testing.T) {
 	}
 }
 
+// TestStoreRepaired: a store that could not be opened once is tried again.
+func TestStoreRepaired(t *testing.T) {
+	s, _ := testService(t)
+	if err := os.Chmod(s.config.Root, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.openStore(); err == nil {
+		t.Fatal("opened a store that others may read")
+	}
+	if err := os.Chmod(s.config.Root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.openStore(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestReadOnly(t *testing.T) {
 	for options, want := range map[string]bool{"rbind ro": true, "rbind rprivate rro": true, "rbind rw": false, "": false, "nosuid,ro": false} {
 		if got := readOnly(strings.Fields(options)); got != want {
