@@ -41,6 +41,10 @@ demo: node build ## Stop a pod, create it again, see that it goes on (root)
 test: ## Run everything: unit, crash, CRIU, node, critest, kubelet (root)
 	test/run
 
+.PHONY: test-vm
+test-vm: node build ## Run the demo and the main tests in a VM: Debian's kernel, cgroup v2 (root; an hour)
+	test/vm/test
+
 .PHONY: node
 node: ## Make the test node's root file system, tools and images, unless cached (root)
 	test/node/prepare

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -28,9 +29,19 @@ const (
 	registry  = "127.0.0.1:5000/"
 	storeRoot = "/var/lib/stasis"
 	handler   = "stasis"
-	// deadline bounds every single step; emulated and loaded machines are slow.
-	deadline = 60 * time.Second
 )
+
+// slow is the factor by which every time limit of the tests is longer than on
+// hardware: STASIS_SLOW, for emulated machines.
+var slow = func() int64 {
+	if n, err := strconv.ParseInt(os.Getenv("STASIS_SLOW"), 10, 64); err == nil && n > 0 {
+		return n
+	}
+	return 1
+}()
+
+// deadline bounds every single step.
+var deadline = time.Duration(slow) * 60 * time.Second
 
 // node is a connection to the CRI of the test node.
 type node struct {
@@ -226,7 +237,7 @@ func shell(script string) []string { return []string{"/bin/sh", "-c", script} }
 
 // exec runs a command in the container and returns its standard output.
 func (c *ctr) exec(command ...string) (string, error) {
-	r, err := c.p.n.rt.ExecSync(c.p.n.ctx(), &cri.ExecSyncRequest{ContainerId: c.id, Cmd: command, Timeout: 20})
+	r, err := c.p.n.rt.ExecSync(c.p.n.ctx(), &cri.ExecSyncRequest{ContainerId: c.id, Cmd: command, Timeout: 20 * slow})
 	if err != nil {
 		return "", err
 	}
@@ -247,7 +258,7 @@ func (c *ctr) mustExec(command ...string) string {
 
 func (c *ctr) stop(timeout int64) {
 	c.p.n.t.Helper()
-	if _, err := c.p.n.rt.StopContainer(c.p.n.ctx(), &cri.StopContainerRequest{ContainerId: c.id, Timeout: timeout}); err != nil {
+	if _, err := c.p.n.rt.StopContainer(c.p.n.ctx(), &cri.StopContainerRequest{ContainerId: c.id, Timeout: timeout * slow}); err != nil {
 		c.p.n.t.Fatalf("stop %s: %v", c.config.Metadata.Name, err)
 	}
 }

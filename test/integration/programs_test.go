@@ -87,7 +87,7 @@ func ask(t *testing.T, ip, line string) (st programState, conn net.Conn) {
 		if err != nil {
 			return err
 		}
-		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		conn.SetDeadline(time.Now().Add(time.Duration(slow) * 10 * time.Second))
 		if _, err := fmt.Fprintln(conn, line); err != nil {
 			return err
 		}
