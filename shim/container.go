@@ -56,6 +56,7 @@ type pendingRestore struct {
 	claim   *store.Claim
 	stage   *store.Stage // holds the images as this restore needs them
 	plan    *restore.Plan
+	fresh   bool            // the writable layer was found empty, as it is to be left
 	applied []layer.Applied // writable layer and volumes, to be undone before a cold start
 	begun   time.Time
 }

@@ -67,12 +67,20 @@ func (s *service) createRestored(ctx context.Context, c *container, rawID string
 func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *container, p *pendingRestore) error {
 	facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile))
 	if err != nil {
-		return fmt.Errorf("host facts (is stasisd running?): %w", err)
+		// What is wrong with this file is no fault of the checkpoint, which
+		// must not be quarantined for it.
+		return &restore.Refusal{Code: restore.Internal, Err: fmt.Errorf("host facts (is stasisd running?): %w", err)}
 	}
 	hostname, err := hostnameOf(c.spec)
 	if err != nil {
 		return fmt.Errorf("host name: %w", err)
 	}
+	if entries, err := os.ReadDir(c.upper); err != nil {
+		return fmt.Errorf("writable layer: %w", err)
+	} else if len(entries) > 0 {
+		return fmt.Errorf("the writable layer is in use: it holds %q: %w", entries[0].Name(), checkpoint.ErrInvalid)
+	}
+	p.fresh = true
 	m := p.claim.Manifest()
 	// The images of this restore are links to the claimed ones, except for the
 	// few that are rewritten: the checkpoint stays as it was verified. They lie
@@ -157,8 +165,10 @@ func (s *service) cleanRestore(c *container, p *pendingRestore) error {
 		errs = append(errs, a.Undo())
 	}
 	p.applied = nil
-	// runc adds mount points to the root file system before it restores.
-	errs = append(errs, emptyDir(c.upper), emptyDir(c.work))
+	if p.fresh {
+		// runc adds mount points to the root file system before it restores.
+		errs = append(errs, emptyDir(c.upper), emptyDir(c.work))
+	}
 	if p.stage != nil {
 		errs = append(errs, p.stage.Abort())
 	}

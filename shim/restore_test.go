@@ -10,6 +10,7 @@ import (
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
@@ -78,7 +79,7 @@ func pending(t *testing.T) (*service, *restoringInner, *container, *store.Store)
 	c.bundle, c.upper, c.work = t.TempDir(), t.TempDir(), t.TempDir()
 	c.optedIn, c.identity = true, identity
 	c.request = &taskAPI.CreateTaskRequest{ID: "c", Bundle: c.bundle}
-	p := &pendingRestore{begun: time.Now()}
+	p := &pendingRestore{begun: time.Now(), fresh: true}
 	if p.claim, err = st.Claim(t.Context(), m.ID, "c"); err != nil {
 		t.Fatal(err)
 	}
@@ -172,5 +173,52 @@ func TestUndoFails(t *testing.T) {
 	}
 	if got := stateOf(t, st); got != store.Quarantined {
 		t.Errorf("the checkpoint is %q, want it quarantined", got)
+	}
+}
+
+// TestNotTheCheckpointsFault: where the node or the container is in the way the
+// container is started cold, with what it has, and the checkpoint stays good.
+func TestNotTheCheckpointsFault(t *testing.T) {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	facts := `{"bootID": "` + strings.TrimSpace(string(boot)) + `"}`
+	for name, tc := range map[string]struct{ facts, reason string }{
+		"facts of another boot": {`{"bootID": "other"}`, "host facts"},
+		"damaged facts":         {`{`, "host facts"},
+		"writable layer in use": {facts, "writable layer is in use"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, i, c, st := pending(t)
+			if err := errors.Join(c.restore.claim.Release(t.Context()), c.restore.stage.Abort()); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(s.config.RuntimeDir, hostFactsFile), []byte(tc.facts), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s.openStore = func() (*store.Store, error) { return st, nil }
+			c.spec = &specs.Spec{}
+			kept := filepath.Join(c.upper, "kept")
+			if err := os.WriteFile(kept, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			resp, err := s.createRestored(t.Context(), c, string(c.restore.claim.ID()))
+			if resp != nil || err != nil {
+				t.Fatalf("%v, %v, want a cold start", resp, err)
+			}
+			if _, err := os.Stat(kept); err != nil {
+				t.Error(err)
+			}
+			if got := stateOf(t, st); got != store.Committed {
+				t.Errorf("the checkpoint is %q, want it committed", got)
+			}
+			if len(i.calls) != 0 {
+				t.Errorf("inner calls %v", i.calls)
+			}
+			if log, err := os.ReadFile(filepath.Join(s.config.Root, "events.jsonl")); err != nil || !strings.Contains(string(log), tc.reason) {
+				t.Errorf("events %s, %v, want one with %q", log, err, tc.reason)
+			}
+		})
 	}
 }
