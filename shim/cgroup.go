@@ -280,23 +280,33 @@ func (w *oomWatcher) add(ctx context.Context, id string, c *cgroup) {
 	go w.watch2(context.WithoutCancel(ctx), id, c.v2)
 }
 
-// watch2 ends when the cgroup is removed, which closes the event channel's source.
+// watch2 ends when the cgroup is empty or removed.
 func (w *oomWatcher) watch2(ctx context.Context, id string, m *cgroup2.Manager) {
 	events, errs := m.EventChan()
 	var last uint64
+	handle := func(e cgroup2.Event) {
+		if e.OOMKill <= last {
+			return
+		}
+		last = e.OOMKill
+		if err := w.publisher.Publish(ctx, cdruntime.TaskOOMEventTopic, &eventstypes.TaskOOM{ContainerID: id}); err != nil {
+			log.G(ctx).WithError(err).Error("publish oom event")
+		}
+	}
 	for {
 		select {
 		case e := <-events:
-			if e.OOMKill <= last {
-				continue
-			}
-			last = e.OOMKill
-			if err := w.publisher.Publish(ctx, cdruntime.TaskOOMEventTopic, &eventstypes.TaskOOM{ContainerID: id}); err != nil {
-				log.G(ctx).WithError(err).Error("publish oom event")
-			}
+			handle(e)
 		case err := <-errs:
 			if err != nil {
 				log.G(ctx).WithError(err).Debug("oom watch ended")
+			}
+			// The kill that emptied the cgroup is the last event; select does
+			// not say which of the two channels was ready first.
+			select {
+			case e := <-events:
+				handle(e)
+			default:
 			}
 			return
 		}
