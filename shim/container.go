@@ -32,8 +32,8 @@ type container struct {
 	request     *taskAPI.CreateTaskRequest // as containerd sent it, for a cold start after a failed restore
 
 	mu sync.Mutex // guards what follows
-	// restore is not nil between a Create that claimed a checkpoint and the
-	// end of Start.
+	// restore is not nil between a Create that claimed a checkpoint and
+	// whoever takes it to end the claim: Start, Delete, or Kill.
 	restore *pendingRestore
 	// restoredFrom is the manifest of the checkpoint that the container goes on from.
 	restoredFrom *checkpoint.Manifest
@@ -65,6 +65,22 @@ func newContainer(id string) *container {
 	c := &container{id: id, settled: make(chan struct{}), replaced: make(chan struct{})}
 	close(c.settled)
 	return c
+}
+
+// takeRestore makes the caller the one who ends the claim, if there is one.
+func (c *container) takeRestore() *pendingRestore {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.restore
+	c.restore = nil
+	return p
+}
+
+// returnRestore leaves the claim to a later Delete.
+func (c *container) returnRestore(p *pendingRestore) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.restore = p
 }
 
 // begin marks the container busy with op, unless it is already. state is what

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
@@ -277,7 +278,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	defer cancel()
 	if err == nil {
 		c.mu.Lock()
-		c.restore, c.restoredFrom = nil, m
+		c.restoredFrom = m
 		c.mu.Unlock()
 		if err := errors.Join(p.claim.Consume(ctx), c.writeCRIUConfig(s.dumpOptions(c)), p.stage.Abort()); err != nil {
 			log.G(ctx).WithError(err).Error("clean up after restore")
@@ -304,11 +305,9 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	s.publisher.muteDelete(c.id)
 	if err := s.deleteUnstarted(ctx, c.id); err != nil {
 		s.publisher.drop(c.id) // no event will come
+		c.returnRestore(p)
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: delete after failed restore: %w", c.id, errors.Join(cause, errgrpc.ToNative(err))))
 	}
-	c.mu.Lock()
-	c.restore = nil
-	c.mu.Unlock()
 	if err := s.refuse(ctx, c, m.ID, p, cause); err != nil {
 		return nil, err
 	}
@@ -343,13 +342,34 @@ func (s *service) deleteUnstarted(ctx context.Context, id string) error {
 	return err
 }
 
+// killUnstarted kills a container that was created from a checkpoint and not
+// started. It has no process yet, and whoever waits for its exit, as containerd
+// does before it deletes a task, would wait forever: a cold container takes its
+// place and is killed.
+func (s *service) killUnstarted(ctx context.Context, c *container, p *pendingRestore, r *taskAPI.KillRequest) (*emptypb.Empty, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
+	end := c.beginExchange()
+	defer end()
+	s.publisher.muteDelete(c.id)
+	if err := s.deleteUnstarted(ctx, c.id); err != nil {
+		s.publisher.drop(c.id) // no event will come
+		c.returnRestore(p)
+		return nil, err
+	}
+	if err := errors.Join(s.cleanRestore(c, p), p.claim.Release(ctx), c.writeCRIUConfig(s.dumpOptions(c))); err != nil {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: kill before start: %w", c.id, err))
+	}
+	if _, err := s.TTRPCTaskService.Create(ctx, c.request); err != nil {
+		return nil, err
+	}
+	return s.TTRPCTaskService.Kill(ctx, r)
+}
+
 // abandonRestore gives back the claim of a container that was created from a
 // checkpoint and deleted without a start.
 func (s *service) abandonRestore(ctx context.Context, c *container) {
-	c.mu.Lock()
-	p := c.restore
-	c.restore = nil
-	c.mu.Unlock()
+	p := c.takeRestore()
 	if p == nil {
 		return
 	}

@@ -160,6 +160,67 @@ func TestRestoreFailsLate(t *testing.T) {
 	}
 }
 
+// TestKillBeforeStart: SIGKILL for a container that was created from a
+// checkpoint has an effect that a waiter sees, and the checkpoint stays.
+func TestKillBeforeStart(t *testing.T) {
+	s, i, c, st := pending(t)
+	waited := make(chan error, 1)
+	go func() {
+		_, err := s.Wait(t.Context(), &taskAPI.WaitRequest{ID: "c"})
+		waited <- err
+	}()
+	if _, err := s.Kill(t.Context(), &taskAPI.KillRequest{ID: "c", Signal: 9}); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(i.calls, " "); got != "delete create kill" {
+		t.Errorf("inner calls %q", got)
+	}
+	if got := stateOf(t, st); got != store.Committed {
+		t.Errorf("the checkpoint is %q, want it committed", got)
+	}
+	i.wait <- &taskAPI.WaitResponse{ExitStatus: 137}
+	if err := <-waited; err != nil {
+		t.Error(err)
+	}
+	if c.takeRestore() != nil {
+		t.Error("a later start would restore what was given back")
+	}
+}
+
+// TestDeleteFails: the claim of a restore whose object could not be deleted ends
+// with a Delete that can.
+func TestDeleteFails(t *testing.T) {
+	s, i, c, st := pending(t)
+	stuck := true
+	s.TTRPCTaskService = &stuckInner{i, &stuck}
+	i.start = func() error { return errors.New("criu failed") }
+	if _, err := s.Start(t.Context(), &taskAPI.StartRequest{ID: "c"}); err == nil {
+		t.Fatal("started")
+	}
+	if got, _ := st.List(t.Context()); len(got) != 1 || got[0].State != store.Claimed {
+		t.Fatalf("%v, want one that is claimed", got)
+	}
+	stuck = false
+	if _, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: "c"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := stateOf(t, st); got != store.Committed || s.lookup(c.id) != nil {
+		t.Errorf("the checkpoint is %q, want it committed", got)
+	}
+}
+
+type stuckInner struct {
+	*restoringInner
+	stuck *bool
+}
+
+func (i *stuckInner) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {
+	if *i.stuck {
+		return nil, errors.New("device or resource busy")
+	}
+	return i.restoringInner.Delete(ctx, r)
+}
+
 // TestUndoFails: what cannot be undone fails the start, but holds no claim.
 func TestUndoFails(t *testing.T) {
 	s, i, c, st := pending(t)

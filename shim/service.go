@@ -190,11 +190,8 @@ func (s *service) Start(ctx context.Context, r *taskAPI.StartRequest) (*taskAPI.
 	if c == nil || !c.optedIn {
 		return s.TTRPCTaskService.Start(ctx, r)
 	}
-	c.mu.Lock()
-	p := c.restore
-	c.mu.Unlock()
 	var resp *taskAPI.StartResponse
-	if p != nil {
+	if p := c.takeRestore(); p != nil {
 		resp, err = s.startRestored(ctx, c, p, r)
 	} else {
 		resp, err = s.TTRPCTaskService.Start(ctx, r)
@@ -373,6 +370,9 @@ func (s *service) Kill(ctx context.Context, r *taskAPI.KillRequest) (*emptypb.Em
 		return s.TTRPCTaskService.Kill(ctx, r)
 	case unix.SIGKILL:
 		s.abortDump(ctx, c)
+		if p := c.takeRestore(); p != nil {
+			return s.killUnstarted(ctx, c, p, r)
+		}
 		return s.TTRPCTaskService.Kill(ctx, r)
 	}
 	job, first := s.beginDump(ctx, c, r)
