@@ -38,6 +38,9 @@ var (
 // cause, and a handful follow from it.
 const logLines = 12
 
+// abortGrace is what CRIU gets to clean up after its victims were killed.
+const abortGrace = 2 * time.Second
+
 // dumpJob is the one dump that a container gets. It runs detached from the
 // call that began it: a caller that goes away must not leave half a dump.
 type dumpJob struct {
@@ -407,8 +410,15 @@ func (s *service) criuDump(ctx context.Context, c *container, dir string, m *che
 	uninterrupted, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.DumpTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() {
-		if errors.Is(context.Cause(ctx), errAborted) {
+		if !errors.Is(context.Cause(ctx), errAborted) {
+			return
+		}
+		// CRIU gives up by itself when its victims die. It is left the time
+		// to take away its rules that stop the traffic of the whole pod.
+		select {
+		case <-time.After(abortGrace):
 			cancel()
+		case <-uninterrupted.Done():
 		}
 	})()
 	opts, err := typeurl.MarshalAnyToProto(&options.CheckpointOptions{
