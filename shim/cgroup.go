@@ -277,14 +277,14 @@ func (w *oomWatcher) add(ctx context.Context, id string, c *cgroup) {
 		}
 		return
 	}
-	go w.watch2(context.WithoutCancel(ctx), id, c.v2)
+	events, errs := c.v2.EventChan()
+	go w.watch2(context.WithoutCancel(ctx), id, events, errs)
 }
 
-// watch2 ends when the cgroup is empty or removed.
-func (w *oomWatcher) watch2(ctx context.Context, id string, m *cgroup2.Manager) {
-	events, errs := m.EventChan()
+// watch2 ends when the cgroup is removed, which closes errs.
+func (w *oomWatcher) watch2(ctx context.Context, id string, events <-chan cgroup2.Event, errs <-chan error) {
 	var last uint64
-	handle := func(e cgroup2.Event) {
+	report := func(e cgroup2.Event) {
 		if e.OOMKill <= last {
 			return
 		}
@@ -296,16 +296,15 @@ func (w *oomWatcher) watch2(ctx context.Context, id string, m *cgroup2.Manager) 
 	for {
 		select {
 		case e := <-events:
-			handle(e)
+			report(e)
 		case err := <-errs:
 			if err != nil {
 				log.G(ctx).WithError(err).Debug("oom watch ended")
 			}
-			// The kill that emptied the cgroup is the last event; select does
-			// not say which of the two channels was ready first.
+			// The kill that ended the container comes together with the end.
 			select {
 			case e := <-events:
-				handle(e)
+				report(e)
 			default:
 			}
 			return

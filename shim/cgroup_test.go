@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/containerd/cgroups/v3/cgroup2"
 )
 
 // TestOwnCgroup: what would freeze or kill the shim itself is never taken for a
@@ -52,5 +54,21 @@ func TestWaitFrozen(t *testing.T) {
 	}
 	if err := waitFrozen(t.Context(), events+"-gone"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("gone: %v", err)
+	}
+}
+
+// TestLastOOM: an OOM kill that ends the container is reported, though the watch
+// ends at the same time, and once.
+func TestLastOOM(t *testing.T) {
+	for range 50 { // select has no order
+		r := &recorder{}
+		w := &oomWatcher{publisher: &publisher{Publisher: r}}
+		events, errs := make(chan cgroup2.Event, 1), make(chan error)
+		events <- cgroup2.Event{OOMKill: 1}
+		close(errs)
+		w.watch2(t.Context(), "c", events, errs)
+		if len(r.topics) != 1 {
+			t.Fatalf("published %v, want one event", r.topics)
+		}
 	}
 }
