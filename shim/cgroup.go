@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -32,11 +33,12 @@ type cgroup struct {
 	events string // v2: the file that tells whether the freeze is complete
 }
 
-// loadCgroup finds the cgroup of a process. It refuses one that the shim is in
+// loadCgroup finds the cgroup of a container by one of its processes. It refuses one that the shim is in
 // itself: on v1 a process that has exited counts to the root, and a freeze or
 // kill there would hit the whole node.
-func loadCgroup(pid int) (*cgroup, error) {
+func loadCgroup(pid int, id string) (*cgroup, error) {
 	group, err := freezerPath(pid)
+	group = containerGroup(group, id)
 	if err != nil {
 		return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
 	}
@@ -52,7 +54,11 @@ func loadCgroup(pid int) (*cgroup, error) {
 		c.events = filepath.Join("/sys/fs/cgroup", group, "cgroup.events")
 		c.v2, err = cgroup2.Load(group)
 	} else {
-		c.v1, err = cgroup1.Load(cgroup1.PidPath(pid))
+		path := cgroup1.PidPath(pid)
+		c.v1, err = cgroup1.Load(func(n cgroup1.Name) (string, error) {
+			p, err := path(n)
+			return containerGroup(p, id), err
+		})
 	}
 	if err != nil {
 		return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
@@ -66,6 +72,20 @@ func freezerPath(pid int) (string, error) {
 		return cgroup2.PidGroupPath(pid)
 	}
 	return cgroup1.PidPath(pid)(cgroup1.Freezer)
+}
+
+// containerGroup is the cgroup that runc made for the container: a process may
+// have moved to one below it, as systemd does, and to freeze or kill that one
+// would not be enough. Where the path does not name the container it is taken
+// as it is.
+func containerGroup(path, id string) string {
+	parts := strings.Split(path, "/")
+	for i, name := range slices.Backward(parts) {
+		if name == id || strings.HasSuffix(name, "-"+id+".scope") {
+			return strings.Join(parts[:i+1], "/")
+		}
+	}
+	return path
 }
 
 // below tells whether a path is dir or lies in it.

@@ -14,7 +14,7 @@ import (
 // TestOwnCgroup: what would freeze or kill the shim itself is never taken for a
 // container's.
 func TestOwnCgroup(t *testing.T) {
-	if c, err := loadCgroup(os.Getpid()); err == nil {
+	if c, err := loadCgroup(os.Getpid(), "c"); err == nil {
 		t.Errorf("loaded the shim's own cgroup: %+v", c)
 	}
 	for _, tc := range []struct {
@@ -31,6 +31,24 @@ func TestOwnCgroup(t *testing.T) {
 	} {
 		if got := below(tc.path, tc.dir); got != tc.want {
 			t.Errorf("below(%q, %q) = %v", tc.path, tc.dir, got)
+		}
+	}
+}
+
+func TestContainerGroup(t *testing.T) {
+	for path, want := range map[string]string{
+		"/kubepods/pod1/c1":                                 "/kubepods/pod1/c1",
+		"/kubepods/pod1/c1/init.scope":                      "/kubepods/pod1/c1",
+		"/pod.slice/cri-containerd-c1.scope":                "/pod.slice/cri-containerd-c1.scope",
+		"/pod.slice/cri-containerd-c1.scope/system.slice/x": "/pod.slice/cri-containerd-c1.scope",
+		"/c1/c1":           "/c1/c1",
+		"/other/c12":       "/other/c12",
+		"/xc1.scope/other": "/xc1.scope/other",
+		"/":                "/",
+		"":                 "",
+	} {
+		if got := containerGroup(path, "c1"); got != want {
+			t.Errorf("%q: %q, want %q", path, got, want)
 		}
 	}
 }

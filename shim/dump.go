@@ -170,7 +170,7 @@ func (s *service) kill(ctx context.Context, r *taskAPI.KillRequest) error {
 // dumpAndCommit leaves the container frozen with a committed checkpoint, or
 // running and without one.
 func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int) (_ *checkpoint.Manifest, err error) {
-	cg, err := loadCgroup(pid)
+	cg, err := loadCgroup(pid, c.id)
 	if err != nil {
 		return nil, err
 	}

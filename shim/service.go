@@ -199,7 +199,7 @@ func (s *service) Start(ctx context.Context, r *taskAPI.StartRequest) (*taskAPI.
 	if err != nil {
 		return nil, err
 	}
-	cg, err := loadCgroup(int(resp.Pid))
+	cg, err := loadCgroup(int(resp.Pid), c.id)
 	if err != nil {
 		// The process may be gone already; the dump will load it again.
 		log.G(ctx).WithError(err).Debug("no cgroup after start")
@@ -414,7 +414,7 @@ func (s *service) Checkpoint(ctx context.Context, r *taskAPI.CheckpointTaskReque
 	}
 	c.mu.Lock()
 	if c.cgroup == nil && state.Pid > 0 {
-		c.cgroup, err = loadCgroup(int(state.Pid))
+		c.cgroup, err = loadCgroup(int(state.Pid), c.id)
 	}
 	c.mu.Unlock()
 	if err != nil {
