@@ -76,13 +76,6 @@ func (c *container) takeRestore() *pendingRestore {
 	return p
 }
 
-// returnRestore leaves the claim to a later Delete.
-func (c *container) returnRestore(p *pendingRestore) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.restore = p
-}
-
 // begin marks the container busy with op, unless it is already. state is what
 // State answers meanwhile.
 func (c *container) begin(op string, state *taskAPI.StateResponse) bool {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -305,7 +306,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	s.publisher.muteDelete(c.id)
 	if err := s.deleteUnstarted(ctx, c.id); err != nil {
 		s.publisher.drop(c.id) // no event will come
-		c.returnRestore(p)
+		s.returnRestore(ctx, c, p, err)
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: delete after failed restore: %w", c.id, errors.Join(cause, errgrpc.ToNative(err))))
 	}
 	if err := s.refuse(ctx, c, m.ID, p, cause); err != nil {
@@ -327,8 +328,8 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 // failed after its processes ran, it does not delete them before they are dead.
 func (s *service) deleteUnstarted(ctx context.Context, id string) error {
 	_, err := s.TTRPCTaskService.Delete(ctx, &taskAPI.DeleteRequest{ID: id})
-	if err == nil {
-		return nil
+	if err == nil || errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		return err
 	}
 	if kerr := s.kill(ctx, &taskAPI.KillRequest{ID: id, Signal: uint32(unix.SIGKILL), All: true}); kerr != nil {
 		err = errors.Join(err, kerr)
@@ -340,6 +341,17 @@ func (s *service) deleteUnstarted(ctx context.Context, id string) error {
 		}
 	}
 	return err
+}
+
+// returnRestore leaves the claim to a later Delete, after one here failed. Where
+// a Delete beside this call was faster no other will come.
+func (s *service) returnRestore(ctx context.Context, c *container, p *pendingRestore, err error) {
+	c.mu.Lock()
+	c.restore = p
+	c.mu.Unlock()
+	if errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		s.abandonRestore(ctx, c)
+	}
 }
 
 // killUnstarted kills a container that was created from a checkpoint and not
@@ -354,7 +366,7 @@ func (s *service) killUnstarted(ctx context.Context, c *container, p *pendingRes
 	s.publisher.muteDelete(c.id)
 	if err := s.deleteUnstarted(ctx, c.id); err != nil {
 		s.publisher.drop(c.id) // no event will come
-		c.returnRestore(p)
+		s.returnRestore(ctx, c, p, err)
 		return nil, err
 	}
 	if err := errors.Join(s.cleanRestore(c, p), p.claim.Release(ctx), c.writeCRIUConfig(s.dumpOptions(c))); err != nil {

@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,8 @@ import (
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -188,35 +191,44 @@ func TestKillBeforeStart(t *testing.T) {
 }
 
 // TestDeleteFails: the claim of a restore whose object could not be deleted ends
-// with a Delete that can.
+// with a Delete that can, or at once where a Delete was faster.
 func TestDeleteFails(t *testing.T) {
-	s, i, c, st := pending(t)
-	stuck := true
-	s.TTRPCTaskService = &stuckInner{i, &stuck}
-	i.start = func() error { return errors.New("criu failed") }
-	if _, err := s.Start(t.Context(), &taskAPI.StartRequest{ID: "c"}); err == nil {
-		t.Fatal("started")
-	}
-	if got, _ := st.List(t.Context()); len(got) != 1 || got[0].State != store.Claimed {
-		t.Fatalf("%v, want one that is claimed", got)
-	}
-	stuck = false
-	if _, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: "c"}); err != nil {
-		t.Fatal(err)
-	}
-	if got := stateOf(t, st); got != store.Committed || s.lookup(c.id) != nil {
-		t.Errorf("the checkpoint is %q, want it committed", got)
+	for name, first := range map[string]error{
+		"busy":            errors.New("device or resource busy"),
+		"deleted already": errgrpc.ToGRPC(fmt.Errorf("container not created: %w", errdefs.ErrNotFound)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, i, _, st := pending(t)
+			stuck := &stuckInner{i, first}
+			s.TTRPCTaskService = stuck
+			i.start = func() error { return errors.New("criu failed") }
+			if _, err := s.Start(t.Context(), &taskAPI.StartRequest{ID: "c"}); err == nil {
+				t.Fatal("started")
+			}
+			if !errdefs.IsNotFound(errgrpc.ToNative(first)) {
+				if got, _ := st.List(t.Context()); len(got) != 1 || got[0].State != store.Claimed {
+					t.Fatalf("%v, want one that is claimed", got)
+				}
+				stuck.err = nil
+				if _, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: "c"}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := stateOf(t, st); got != store.Committed {
+				t.Errorf("the checkpoint is %q, want it committed", got)
+			}
+		})
 	}
 }
 
 type stuckInner struct {
 	*restoringInner
-	stuck *bool
+	err error
 }
 
 func (i *stuckInner) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {
-	if *i.stuck {
-		return nil, errors.New("device or resource busy")
+	if i.err != nil {
+		return nil, i.err
 	}
 	return i.restoringInner.Delete(ctx, r)
 }
