@@ -101,6 +101,29 @@ func (c *container) occupied() (string, *taskAPI.StateResponse) {
 	return c.busy, c.state
 }
 
+// waitCheckpoint returns when no CRI checkpoint of an opted-in container is in
+// progress: a stop signal that came then would be delivered without a dump.
+func (c *container) waitCheckpoint(ctx context.Context) error {
+	if !c.optedIn {
+		return nil
+	}
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if op, _ := c.occupied(); op != opCheckpoint {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// opCheckpoint is the CRI call, as an operation that makes a container busy.
+const opCheckpoint = "checkpoint"
+
 // beginExchange makes calls wait and waiters look again; the returned function
 // ends it.
 func (c *container) beginExchange() (end func()) {

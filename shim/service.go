@@ -375,6 +375,9 @@ func (s *service) Kill(ctx context.Context, r *taskAPI.KillRequest) (*emptypb.Em
 		}
 		return s.TTRPCTaskService.Kill(ctx, r)
 	}
+	if err := c.waitCheckpoint(ctx); err != nil {
+		return nil, err
+	}
 	job, first := s.beginDump(ctx, c, r)
 	if job == nil {
 		return s.TTRPCTaskService.Kill(ctx, r)
@@ -420,7 +423,7 @@ func (s *service) Checkpoint(ctx context.Context, r *taskAPI.CheckpointTaskReque
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	if !c.begin("checkpoint", state) {
+	if !c.begin(opCheckpoint, state) {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: another checkpoint is in progress: %w", r.ID, errdefs.ErrUnavailable))
 	}
 	defer c.end()

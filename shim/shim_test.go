@@ -188,6 +188,24 @@ func TestWaitFollowsExchange(t *testing.T) {
 	}
 }
 
+// TestStopWaitsForCheckpoint: a stop of an opted-in container that is being
+// checkpointed by the CRI call waits, so that it is dumped and not just killed.
+func TestStopWaitsForCheckpoint(t *testing.T) {
+	c := newContainer("c")
+	c.optedIn = true
+	c.begin(opCheckpoint, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := c.waitCheckpoint(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("during the checkpoint: %v", err)
+	}
+	c.end()
+	c.begin("dump", nil) // a second stop must not wait for the first
+	if err := c.waitCheckpoint(t.Context()); err != nil {
+		t.Errorf("after it: %v", err)
+	}
+}
+
 type recorder struct{ topics []string }
 
 func (r *recorder) Publish(_ context.Context, topic string, _ events.Event) error {

@@ -60,7 +60,7 @@ func ComputeFingerprint(s *specs.Spec) Fingerprint {
 	}
 	var mounts []mount
 	for _, m := range s.Mounts {
-		mounts = append(mounts, mount{m.Destination, m.Type, slices.Contains(m.Options, "ro")})
+		mounts = append(mounts, mount{m.Destination, m.Type, slices.Contains(m.Options, "ro") || slices.Contains(m.Options, "rro")})
 	}
 	sort.Slice(mounts, func(i, j int) bool { return mounts[i].Destination < mounts[j].Destination })
 	put("mounts", mounts)
