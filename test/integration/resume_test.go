@@ -206,6 +206,11 @@ func TestRestoredContainerIsWhole(t *testing.T) {
 	if got != strconv.Itoa(limit) {
 		t.Errorf("memory limit %q, want %d", got, limit)
 	}
+	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil { // version 2
+		if got := c.mustExec("cat", "/sys/fs/cgroup/memory.max"); got != strconv.Itoa(limit) {
+			t.Errorf("the container sees the memory limit %q, want %d", got, limit)
+		}
+	}
 	c.mustExec("kill", "-USR1", "1")
 	eventually(t, "an out-of-memory kill", func() error {
 		if st := c.status(); st.State != cri.ContainerState_CONTAINER_EXITED || st.Reason != "OOMKilled" {
