@@ -149,3 +149,14 @@ func (c *container) waitSettled(ctx context.Context) (replaced <-chan struct{}, 
 		return nil, ctx.Err()
 	}
 }
+
+// leaveVfork is [cgroup.leaveVfork] of a container that is frozen.
+func (c *container) leaveVfork(ctx context.Context) error {
+	c.mu.Lock()
+	cg := c.cgroup
+	c.mu.Unlock()
+	if cg == nil {
+		return nil
+	}
+	return cg.leaveVfork(ctx)
+}

@@ -428,6 +428,12 @@ func (s *service) Checkpoint(ctx context.Context, r *taskAPI.CheckpointTaskReque
 	}
 	defer c.end()
 	start := time.Now()
+	if state.Status == task.Status_PAUSED {
+		// containerd pauses before it checkpoints.
+		if err := c.leaveVfork(ctx); err != nil {
+			return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: %w", r.ID, err))
+		}
+	}
 	if _, err = s.TTRPCTaskService.Checkpoint(ctx, r); err != nil {
 		log.G(ctx).WithError(err).Warn("checkpoint failed")
 		return nil, err
