@@ -144,8 +144,11 @@ func decide(pod *api.PodSandbox, c *api.Container, lookup Lookup) (d Decision) {
 }
 
 func lookupCode(err error) string {
-	if errors.Is(err, errLate) {
+	switch {
+	case errors.Is(err, errLate):
 		return "timeout"
+	case errors.Is(err, checkpoint.ErrBusy):
+		return "busy"
 	}
 	return "internal"
 }

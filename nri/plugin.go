@@ -129,6 +129,14 @@ func (p *plugin) lookup(ctx context.Context, i checkpoint.Identity) (*checkpoint
 	go func() { // ends with the lookup; maxLookups bounds them
 		defer func() { <-p.lookups }()
 		m, err := p.latest(ctx, i)
+		for errors.Is(err, checkpoint.ErrBusy) && sleep(ctx, 50*time.Millisecond) {
+			// Most likely claimed by the shim of the container's predecessor,
+			// which has failed to start and is about to give it back.
+			var again error
+			if m, again = p.latest(ctx, i); ctx.Err() == nil {
+				err = again
+			}
+		}
 		ch <- answer{m, err}
 	}()
 	select {
@@ -139,6 +147,20 @@ func (p *plugin) lookup(ctx context.Context, i checkpoint.Identity) (*checkpoint
 		return a.m, a.err
 	case <-ctx.Done():
 		return nil, errLate
+	}
+}
+
+// sleep waits, and reports whether a third of the time for a decision, or more,
+// is left then.
+func sleep(ctx context.Context, d time.Duration) bool {
+	if end, ok := ctx.Deadline(); ok && time.Until(end)-d < DecisionTimeout/3 {
+		return false
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
 	}
 }
 

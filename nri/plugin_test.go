@@ -3,6 +3,7 @@ package nri
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -293,5 +294,33 @@ func TestDeafRuntime(t *testing.T) {
 		}
 	case <-time.After(5 * time.Second):
 		t.Fatal("the attempt does not end")
+	}
+}
+
+// TestLookupWaitsForAClaim: a checkpoint that the failed predecessor's shim is
+// about to give back is waited for; one that stays claimed is told as busy.
+func TestLookupWaitsForAClaim(t *testing.T) {
+	var calls int
+	busyUntil := func(n int) *plugin {
+		calls = 0
+		return &plugin{lookups: make(chan struct{}, maxLookups), latest: func(context.Context, checkpoint.Identity) (*checkpoint.Manifest, error) {
+			calls++
+			if calls < n {
+				return nil, fmt.Errorf("claimed: %w", checkpoint.ErrBusy)
+			}
+			return &checkpoint.Manifest{PodName: "found"}, nil
+		}}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), DecisionTimeout)
+	defer cancel()
+	if m, err := busyUntil(3).lookup(ctx, checkpoint.Identity{}); err != nil || m.PodName != "found" {
+		t.Errorf("given back after a moment: %v, %v", m, err)
+	}
+	begin := time.Now()
+	if _, err := busyUntil(1<<30).lookup(ctx, checkpoint.Identity{}); !errors.Is(err, checkpoint.ErrBusy) || errors.Is(err, errLate) {
+		t.Errorf("never given back: %v, want ErrBusy in time", err)
+	}
+	if d := time.Since(begin); d > DecisionTimeout {
+		t.Errorf("it took %s", d)
 	}
 }

@@ -82,7 +82,7 @@ func TestOwnerFiles(t *testing.T) {
 			must(t, test.change(s.claimedPath(id)+ownerSuffix))
 			if !test.stale {
 				_, err := s.Latest(ctx, alice)
-				wantIs(t, err, checkpoint.ErrNotFound)
+				wantIs(t, err, checkpoint.ErrBusy)
 				_, err = s.Claim(ctx, id, "d")
 				wantIs(t, err, checkpoint.ErrBusy)
 				wantIs(t, s.Remove(ctx, id), checkpoint.ErrBusy)

@@ -262,8 +262,8 @@ func checkID(id checkpoint.ID) error {
 
 // Latest is the manifest of the identity's newest committed checkpoint. It
 // first takes back what dead processes had claimed of this identity. It fails
-// with [checkpoint.ErrNotFound] if there is none, and with a [CorruptError]
-// that names the newest one if that one's manifest cannot be read. It looks at
+// with [checkpoint.ErrNotFound] if there is none, with [checkpoint.ErrBusy] if a
+// living process has claimed all there are, and with a [CorruptError] that names the newest one if that one's manifest cannot be read. It looks at
 // manifests only: [Claim.Verify] looks at the rest.
 func (s *Store) Latest(ctx context.Context, identity checkpoint.Identity) (*checkpoint.Manifest, error) {
 	if err := identity.Validate(); err != nil {
@@ -279,6 +279,14 @@ func (s *Store) Latest(ctx context.Context, identity checkpoint.Identity) (*chec
 			return nil, fmt.Errorf("latest checkpoint of %s: %w", identity, err)
 		}
 		if len(ids) == 0 {
+			// A claim that is left is of a living process.
+			claimed, err := s.ids(s.path(claimedDir, hash))
+			if err != nil {
+				return nil, fmt.Errorf("latest checkpoint of %s: %w", identity, err)
+			}
+			if len(claimed) > 0 {
+				return nil, fmt.Errorf("checkpoint %s is being restored by another container: %w", claimed[0], checkpoint.ErrBusy)
+			}
 			return nil, fmt.Errorf("identity %s: %w", identity, checkpoint.ErrNotFound)
 		}
 		m, err := s.newest(ids)
