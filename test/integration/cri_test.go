@@ -280,6 +280,17 @@ func (c *ctr) log() string {
 	return string(b)
 }
 
+// waitLog waits until the container's log holds the text.
+func (c *ctr) waitLog(want string) {
+	c.p.n.t.Helper()
+	eventually(c.p.n.t, "the log's "+strconv.Quote(want), func() error {
+		if log := c.log(); !strings.Contains(log, want) {
+			return fmt.Errorf("log %q", log)
+		}
+		return nil
+	})
+}
+
 // eventually polls until f returns nil.
 func eventually(t testing.TB, what string, f func() error) {
 	t.Helper()

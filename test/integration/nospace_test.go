@@ -75,12 +75,7 @@ func TestNoSpace(t *testing.T) {
 		smallStore(t, "700m")
 		p := n.runPod(key, annotate(key))
 		c := p.start("c", "python", []string{"python3", "-c", bigHeap})
-		eventually(t, "heap", func() error {
-			if !strings.Contains(c.log(), "ready") {
-				return fmt.Errorf("log %q", c.log())
-			}
-			return nil
-		})
+		c.waitLog("ready")
 		done := make(chan error, 1)
 		go func() {
 			_, err := n.rt.StopContainer(n.ctx(), stopRequest(c.id, 60))

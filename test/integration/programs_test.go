@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -155,12 +154,7 @@ func TestAnswersDuringDump(t *testing.T) {
 	n, key := newNode(t), uniqueKey(t)
 	p := n.runPod(key, annotate(key))
 	c := p.start("c", "python", []string{"python3", "-c", bigHeap})
-	eventually(t, "heap", func() error {
-		if !strings.Contains(c.log(), "ready") {
-			return fmt.Errorf("log %q", c.log())
-		}
-		return nil
-	})
+	c.waitLog("ready")
 	stopped := make(chan error, 1)
 	begin := time.Now()
 	go func() {
@@ -219,12 +213,7 @@ func TestSIGKILLDuringDump(t *testing.T) {
 	n, key := newNode(t), uniqueKey(t)
 	p := n.runPod(key, annotate(key))
 	c := p.start("c", "python", []string{"python3", "-c", bigHeap})
-	eventually(t, "heap", func() error {
-		if !strings.Contains(c.log(), "ready") {
-			return fmt.Errorf("log %q", c.log())
-		}
-		return nil
-	})
+	c.waitLog("ready")
 	go n.rt.StopContainer(n.ctx(), stopRequest(c.id, 60))
 	eventually(t, "the dump's stage", func() error {
 		if m, _ := filepath.Glob(filepath.Join(storeRoot, ".stage-*")); len(m) == 0 {
@@ -278,12 +267,7 @@ signal.signal(signal.SIGTERM, lambda *a: os._exit(7))
 print("ready", flush=True)
 while True: time.sleep(0.05)
 `})
-	eventually(t, "start", func() error {
-		if !strings.Contains(c.log(), "ready") {
-			return fmt.Errorf("log %q", c.log())
-		}
-		return nil
-	})
+	c.waitLog("ready")
 	c.stop(30)
 	if st := c.status(); st.ExitCode != 7 {
 		t.Errorf("exit code %d, want the program's own 7", st.ExitCode)

@@ -75,12 +75,7 @@ while True: threading.Event().wait(1)
 		}
 	}
 	p, c := start()
-	eventually(t, "start", func() error {
-		if !strings.Contains(c.log(), "ready") {
-			return fmt.Errorf("log %q", c.log())
-		}
-		return nil
-	})
+	c.waitLog("ready")
 	attach(c, "one", "line 1 is one")
 	c.stop(30)
 	wantEvent(t, key, event.Dumped, "")
