@@ -193,8 +193,14 @@ func oneFault(t *testing.T, n *node, victim string, i int, outcome map[string]in
 	ns, _ := counts(c.log())
 	switch {
 	case ns[0] > 1:
-		if ns[0] > high+1 || ns[0] < 2 {
-			t.Errorf("restored at %d, the old container ended at %d", ns[0], high)
+		// What a container prints while containerd is down reaches no log, so
+		// that the log may end before the state does. It never ends after it.
+		unlogged := 0
+		if victim == "containerd" {
+			unlogged = 200
+		}
+		if ns[0] > high+1+unlogged || victim == "containerd" && ns[0] <= high {
+			t.Errorf("restored at %d, the old container's log ended at %d", ns[0], high)
 		}
 		outcome["restored"]++
 	case dumped:
