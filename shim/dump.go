@@ -78,7 +78,7 @@ func (s *service) beginDump(ctx context.Context, c *container, r *taskAPI.KillRe
 	if d, ok := ctx.Deadline(); ok && d.Add(-s.config.CallerMargin).Before(deadline) {
 		deadline = d.Add(-s.config.CallerMargin)
 	}
-	jobCtx := namespaces.WithNamespace(log.WithLogger(s.ctx, log.G(ctx)), mustNamespace(ctx))
+	jobCtx := namespaces.WithNamespace(log.WithLogger(s.ctx, log.G(ctx)), namespaceOf(ctx))
 	jobCtx, cancelCause := context.WithCancelCause(jobCtx)
 	jobCtx, cancel := context.WithDeadline(jobCtx, deadline)
 	job = &dumpJob{cancel: cancelCause, done: make(chan struct{})}
@@ -92,7 +92,7 @@ func (s *service) beginDump(ctx context.Context, c *container, r *taskAPI.KillRe
 	return job, true
 }
 
-func mustNamespace(ctx context.Context) string {
+func namespaceOf(ctx context.Context) string {
 	ns, _ := namespaces.Namespace(ctx) // the inner service rejects a request without one
 	return ns
 }

@@ -173,7 +173,7 @@ func extractImages(ctx context.Context, archive, dir string, limit int64) error 
 	tr := tar.NewReader(limited)
 	for {
 		h, err := tr.Next()
-		if err == io.EOF && limited.N > 0 {
+		if errors.Is(err, io.EOF) && limited.N > 0 {
 			break
 		}
 		if err != nil {
