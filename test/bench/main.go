@@ -8,7 +8,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -25,6 +24,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/stasis-containers/stasis/nri/eventlog"
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 )
@@ -313,17 +313,10 @@ const root = "/var/lib/stasis"
 
 // last returns the newest event of a key.
 func last(key string) (e event.Event, err error) {
-	b, err := os.ReadFile(filepath.Join(root, event.FileName))
-	if err != nil {
-		return e, err
-	}
-	sc := bufio.NewScanner(bytes.NewReader(b))
-	sc.Buffer(nil, 1<<20)
-	for sc.Scan() {
-		var x event.Event
-		if json.Unmarshal(sc.Bytes(), &x) == nil && x.Identity != nil && x.Identity.Key == key {
+	err = eventlog.Read(root, func(x event.Event) {
+		if x.Identity != nil && x.Identity.Key == key {
 			e = x
 		}
-	}
-	return e, sc.Err()
+	})
+	return e, err
 }

@@ -1,10 +1,7 @@
 package integration
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,6 +17,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/stasis-containers/stasis/internal/testenv"
+	"github.com/stasis-containers/stasis/nri/eventlog"
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 )
@@ -306,21 +304,14 @@ func eventually(t testing.TB, what string, f func() error) {
 // events returns what the node's event log holds for an identity.
 func events(t testing.TB, key string) []event.Event {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join(storeRoot, event.FileName))
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		t.Fatal(err)
-	}
 	var out []event.Event
-	sc := bufio.NewScanner(bytes.NewReader(b))
-	sc.Buffer(nil, 1<<20)
-	for sc.Scan() {
-		var e event.Event
-		if json.Unmarshal(sc.Bytes(), &e) == nil && e.Identity != nil && e.Identity.Key == key {
+	err := eventlog.Read(storeRoot, func(e event.Event) {
+		if e.Identity != nil && e.Identity.Key == key {
 			out = append(out, e)
 		}
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 	return out
 }
