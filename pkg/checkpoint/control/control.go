@@ -1,0 +1,148 @@
+// Package control is the private service by which the CLI asks a shim to dump
+// a container without stopping it, and to let it go on. Each shim serves it on
+// the socket on which it serves the task service.
+//
+// Invariants:
+//
+//   - A container for which Prepare succeeded is frozen and has a committed
+//     checkpoint; it leaves that state by Abort, which removes the checkpoint
+//     before it thaws, or by its death.
+//   - A container for which Prepare failed runs on as before.
+//   - Each call is idempotent.
+//
+// Messages are JSON within one protobuf field: both ends are of one release,
+// and a reader ignores fields that it does not know.
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+)
+
+// service is the name on the wire.
+const service = "stasis.v1.Control"
+
+// maxMessage bounds a message, in bytes.
+const maxMessage = 64 << 10
+
+// State is what a container does as far as dumps are concerned.
+type State string
+
+const (
+	Running  State = "running"  // may be prepared
+	Prepared State = "prepared" // frozen, with a committed checkpoint
+	Busy     State = "busy"     // a dump or a CRI checkpoint is in progress
+	Stopped  State = "stopped"  // not started, or dead
+)
+
+// Status describes one container.
+type Status struct {
+	State State `json:"state"`
+	// Identity and Settings are those of an opted-in container.
+	Identity checkpoint.Identity `json:"identity"`
+	Settings checkpoint.Settings `json:"settings"`
+	PodName  string              `json:"podName"`
+	PodUID   string              `json:"podUID"`
+	// PID is that of the first process, 0 unless running or prepared.
+	PID int `json:"pid"`
+	// MemoryBytes is an upper bound of what a dump writes for the processes.
+	MemoryBytes int64 `json:"memoryBytes"`
+	// CheckpointID is set where the state is Prepared.
+	CheckpointID checkpoint.ID `json:"checkpointID,omitempty"`
+}
+
+// Result is a finished Prepare.
+type Result struct {
+	CheckpointID checkpoint.ID      `json:"checkpointID"`
+	SizeBytes    int64              `json:"sizeBytes"`
+	Duration     time.Duration      `json:"duration"` // nanoseconds, waiting for a slot included
+	Timings      checkpoint.Timings `json:"timings"`
+	// Already: an earlier Prepare had done it.
+	Already bool `json:"already,omitempty"`
+}
+
+// Server is what a shim implements. Its errors cross the wire with their
+// errdefs class and text. A container that is not known, or that did not opt
+// in, is errdefs.ErrNotFound.
+type Server interface {
+	Status(ctx context.Context, containerID string) (Status, error)
+	// Prepare freezes the container, waits for a dump slot of the node, dumps
+	// and commits, and leaves it frozen. It ends by ctx's deadline.
+	Prepare(ctx context.Context, containerID string) (Result, error)
+	// Abort removes the checkpoint and thaws; nothing to do is no error.
+	Abort(ctx context.Context, containerID string) error
+}
+
+// Register adds the service to a shim's server.
+func Register(server *ttrpc.Server, s Server) {
+	server.RegisterService(service, &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
+		"Status":  method(s.Status),
+		"Prepare": method(s.Prepare),
+		"Abort": method(func(ctx context.Context, id string) (struct{}, error) {
+			return struct{}{}, s.Abort(ctx, id)
+		}),
+	}})
+}
+
+func method[T any](call func(context.Context, string) (T, error)) ttrpc.Method {
+	return func(ctx context.Context, unmarshal func(any) error) (any, error) {
+		var id wrapperspb.StringValue
+		if err := unmarshal(&id); err != nil {
+			return nil, err
+		}
+		v, err := call(ctx, id.Value)
+		if err != nil {
+			return nil, errgrpc.ToGRPC(err)
+		}
+		b, err := json.Marshal(v)
+		if err != nil {
+			return nil, errgrpc.ToGRPC(err)
+		}
+		return wrapperspb.Bytes(b), nil
+	}
+}
+
+// Client calls the service of one shim.
+type Client struct{ t *ttrpc.Client }
+
+// NewClient returns a client on a connection that the caller made and closes.
+func NewClient(t *ttrpc.Client) Client { return Client{t} }
+
+// Status calls [Server.Status]. A shim without this service, of an older
+// release or another runtime, answers errdefs.ErrNotImplemented.
+func (c Client) Status(ctx context.Context, id string) (Status, error) {
+	return call[Status](ctx, c, "Status", id)
+}
+
+// Prepare calls [Server.Prepare].
+func (c Client) Prepare(ctx context.Context, id string) (Result, error) {
+	return call[Result](ctx, c, "Prepare", id)
+}
+
+// Abort calls [Server.Abort].
+func (c Client) Abort(ctx context.Context, id string) error {
+	_, err := call[struct{}](ctx, c, "Abort", id)
+	return err
+}
+
+func call[T any](ctx context.Context, c Client, name, id string) (v T, err error) {
+	var answer wrapperspb.BytesValue
+	if err := c.t.Call(ctx, service, name, wrapperspb.String(id), &answer); err != nil {
+		return v, errgrpc.ToNative(err)
+	}
+	if len(answer.Value) > maxMessage {
+		return v, fmt.Errorf("%s of container %s: an answer of %d bytes", name, id, len(answer.Value))
+	}
+	if err := json.Unmarshal(answer.Value, &v); err != nil {
+		return v, fmt.Errorf("%s of container %s: %w", name, id, err)
+	}
+	return v, nil
+}
