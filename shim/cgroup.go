@@ -31,6 +31,7 @@ type cgroup struct {
 	v2 *cgroup2.Manager
 
 	events string // v2: the file that tells whether the freeze is complete
+	state  string // v1: the file that freezes, thaws and tells
 }
 
 // loadCgroup finds the cgroup of a container by one of its processes. It refuses one that the shim is in
@@ -59,11 +60,24 @@ func loadCgroup(pid int, id string) (*cgroup, error) {
 			p, err := path(n)
 			return containerGroup(p, id), err
 		})
+		if err == nil {
+			c.state, err = freezerState(c.v1, group)
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("cgroup of pid %d: %w", pid, err)
 	}
 	return c, nil
+}
+
+// freezerState is the path of a v1 cgroup's file freezer.state.
+func freezerState(c cgroup1.Cgroup, group string) (string, error) {
+	for _, s := range c.Subsystems() {
+		if p, ok := s.(interface{ Path(string) string }); ok && s.Name() == cgroup1.Freezer {
+			return filepath.Join(p.Path(group), "freezer.state"), nil
+		}
+	}
+	return "", errors.New("no freezer is mounted")
 }
 
 // freezerPath is the path of a process's cgroup in the hierarchy that freezes.
@@ -125,11 +139,15 @@ func (c *cgroup) pids() ([]uint32, error) {
 	return pids, nil
 }
 
-// freeze returns when all tasks are frozen. On v2 the kernel takes the order
-// and carries it out afterwards; only cgroup.events tells when it has.
+// freeze returns when all tasks are frozen, or with an error after
+// freezeTimeout: a task in an uninterruptible wait does not freeze. After an
+// error the caller thaws. runc would do the same, in a process of its own that
+// takes longer than the freeze.
 func (c *cgroup) freeze(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
+	defer cancel()
 	if c.v2 == nil {
-		return c.v1.Freeze()
+		return freezeV1(ctx, c.state)
 	}
 	if err := c.v2.Freeze(); err != nil {
 		return err
@@ -137,27 +155,55 @@ func (c *cgroup) freeze(ctx context.Context) error {
 	return waitFrozen(ctx, c.events)
 }
 
+// freezeTimeout bounds one freeze or thaw.
+const freezeTimeout = 10 * time.Second
+
+// waitFrozen waits for v2, where the kernel takes the order and carries it out
+// afterwards; only cgroup.events tells when it has.
 func waitFrozen(ctx context.Context, events string) error {
-	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
-	defer cancel()
-	for {
+	return poll(ctx, "freeze", func(int) (bool, error) {
 		b, err := os.ReadFile(events)
-		if err != nil {
-			return err
+		return strings.Contains(string(b), "frozen 1"), err
+	})
+}
+
+// freezeV1 repeats the order until the kernel says that it is carried out. The
+// v1 freezer may remain in the middle, for example when a process forks
+// meanwhile; running again for a moment gets it out.
+func freezeV1(ctx context.Context, state string) error {
+	return poll(ctx, "freeze", func(try int) (bool, error) {
+		if try%50 == 49 {
+			if err := os.WriteFile(state, []byte("THAWED"), 0); err != nil {
+				return false, err
+			}
+			time.Sleep(10 * time.Millisecond)
 		}
-		if strings.Contains(string(b), "frozen 1") {
-			return nil
+		return orderV1(state, "FROZEN")
+	})
+}
+
+// orderV1 writes the state and reports whether it was reached.
+func orderV1(state, want string) (bool, error) {
+	if err := os.WriteFile(state, []byte(want), 0); err != nil {
+		return false, err
+	}
+	b, err := os.ReadFile(state)
+	return strings.TrimSpace(string(b)) == want, err
+}
+
+// poll calls done each millisecond until it is true.
+func poll(ctx context.Context, what string, done func(try int) (bool, error)) error {
+	for try := 0; ; try++ {
+		if ok, err := done(try); ok || err != nil {
+			return err
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("the cgroup does not freeze: %w", ctx.Err())
+			return fmt.Errorf("the cgroup does not %s: %w", what, ctx.Err())
 		case <-time.After(time.Millisecond):
 		}
 	}
 }
-
-// freezeTimeout bounds one freeze: a task in an uninterruptible wait does not freeze.
-const freezeTimeout = 10 * time.Second
 
 // forkSyscalls are the system calls in which a task waits for a vforked child.
 var forkSyscalls = map[string]bool{
@@ -223,11 +269,14 @@ func (c *cgroup) leaveVfork(ctx context.Context) error {
 	return nil // a long vfork: CRIU will say what it thinks of it
 }
 
+// thaw has a deadline of its own: no caller may skip it.
 func (c *cgroup) thaw() error {
 	if c.v2 != nil {
 		return c.v2.Thaw()
 	}
-	return c.v1.Thaw()
+	ctx, cancel := context.WithTimeout(context.Background(), freezeTimeout)
+	defer cancel()
+	return poll(ctx, "thaw", func(int) (bool, error) { return orderV1(c.state, "THAWED") })
 }
 
 // killAll sends SIGKILL to every process of the cgroup. Done while frozen, no

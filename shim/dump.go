@@ -201,8 +201,7 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int) (_ *
 		return nil, errors.Join(err, stage.Abort())
 	}
 	begin := time.Now()
-	_, err = s.TTRPCTaskService.Pause(ctx, &taskAPI.PauseRequest{ID: c.id})
-	if err == nil {
+	if err = cg.freeze(ctx); err == nil {
 		err = cg.leaveVfork(ctx)
 	}
 	if err == nil {
@@ -211,25 +210,20 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int) (_ *
 			err = stage.Commit(ctx, m)
 		}
 	} else {
-		err = fmt.Errorf("freeze: %w", errgrpc.ToNative(err))
+		err = fmt.Errorf("freeze: %w", err)
 	}
 	if err == nil {
 		return m, nil
 	}
-	return nil, errors.Join(err, s.rollBack(ctx, c, cg, stage))
+	return nil, errors.Join(err, rollBack(cg, stage))
 }
 
 // rollBack thaws, whatever the state in which the failure left the container,
 // and removes the stage.
-func (s *service) rollBack(ctx context.Context, c *container, cg *cgroup, stage *store.Stage) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
-	defer cancel()
+func rollBack(cg *cgroup, stage *store.Stage) error {
 	// A CRIU that outlived its runc would freeze the container again at its
 	// own end (criu/seize.c, freezer_restore_state).
 	endProcessesIn(stage.Dir())
-	if _, err := s.TTRPCTaskService.Resume(ctx, &taskAPI.ResumeRequest{ID: c.id}); err != nil {
-		log.G(ctx).WithError(err).Debug("resume after failed dump")
-	}
 	var err error
 	for range 3 { // thawing twice is harmless, missing one is not
 		if err = cg.thaw(); err == nil || errors.Is(err, os.ErrNotExist) {
