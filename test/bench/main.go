@@ -51,9 +51,14 @@ type dump struct {
 	CopyMs       float64 `json:"copyMs"`
 	FsyncMs      float64 `json:"fsyncMs"`
 	CommitMs     float64 `json:"commitMs"`
-	StopMs       float64 `json:"stopMs"`
-	RestoreMs    float64 `json:"createStartRestoredMs"`
-	ColdMs       float64 `json:"createStartColdMs"`
+	// Pause is from before the freeze until after the commit: the container
+	// does not run on after its state was saved. Own is what of it is neither
+	// CRIU's call, nor the copy, nor the disk's.
+	PauseMs   float64 `json:"pauseMs"`
+	OwnMs     float64 `json:"pauseOwnMs"`
+	StopMs    float64 `json:"stopMs"`
+	RestoreMs float64 `json:"createStartRestoredMs"`
+	ColdMs    float64 `json:"createStartColdMs"`
 }
 
 func main() {
@@ -113,10 +118,10 @@ func (r report) print() {
 	fmt.Fprintf(w, "create+start+stop, median ms\t%.1f\t%.1f\t%.3f\t\n", r.StockMs, r.StasisMs, r.Ratio)
 	fmt.Fprintf(w, "resident memory of a shim, MiB\t%.1f\t%.1f\t%.3f\t\n", r.StockRSS/(1<<20), r.StasisRSS/(1<<20), r.RSSRatio)
 	fmt.Fprintln(w)
-	fmt.Fprintln(w, "heap MB\tfreeze\tCRIU\tof it frozen\tcopy\tfsync\tcommit\tstop in all\trestore\tcold\tMB written\tper memory\t")
+	fmt.Fprintln(w, "heap MB\tfreeze\tCRIU\tof it frozen\tcopy\tfsync\tcommit\tpause\tour own\tstop in all\trestore\tcold\tMB written\tper memory\t")
 	for _, d := range r.Dumps {
-		fmt.Fprintf(w, "%d\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.3f\t\n", d.HeapMB,
-			d.FreezeMs, d.CRIUMs, d.CRIUFrozenMs, d.CopyMs, d.FsyncMs, d.CommitMs, d.StopMs, d.RestoreMs, d.ColdMs, float64(d.Bytes)/1e6, d.BytesRatio)
+		fmt.Fprintf(w, "%d\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.3f\t\n", d.HeapMB,
+			d.FreezeMs, d.CRIUMs, d.CRIUFrozenMs, d.CopyMs, d.FsyncMs, d.CommitMs, d.PauseMs, d.OwnMs, d.StopMs, d.RestoreMs, d.ColdMs, float64(d.Bytes)/1e6, d.BytesRatio)
 	}
 	w.Flush()
 	fmt.Println("times in ms; restore and cold are CreateContainer+StartContainer as a client sees them, cold without the heap being filled")
@@ -298,6 +303,8 @@ func (c client) dump(ctx context.Context, mb int) (d dump, err error) {
 		micros := func(n int64) float64 { return float64(n) / 1000 }
 		d.FreezeMs, d.CRIUMs, d.CRIUFrozenMs = micros(e.Timings.FreezeMicros), micros(e.Timings.CRIUMicros), micros(e.Timings.FrozenMicros)
 		d.CopyMs, d.FsyncMs, d.CommitMs = micros(e.Timings.CopyMicros), micros(e.Timings.FsyncMicros), micros(e.Timings.CommitMicros)
+		d.OwnMs = d.FreezeMs + d.CommitMs
+		d.PauseMs = d.OwnMs + d.CRIUMs + d.CopyMs + d.FsyncMs
 		d.Bytes = e.SizeBytes
 		if memory > 0 {
 			d.BytesRatio = float64(e.SizeBytes) / float64(memory)
