@@ -38,6 +38,10 @@ type Config struct {
 	MetricsAddress string
 	GC             store.Policy // without DeadPodUIDs
 	GCInterval     time.Duration
+	// ReadyTimeout bounds the wait for the runtime before systemd is told that
+	// the daemon is ready. What systemd orders after it, the kubelet, creates
+	// containers at once, and without the plugin they would be ordinary ones.
+	ReadyTimeout time.Duration
 	// MaxLogBytes is the size at which the event log is rotated.
 	MaxLogBytes int64
 	Version     string
@@ -143,7 +147,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	g.Go(func() error { s.loop(ctx, tail); return nil })
 	g.Go(func() error { s.collect(ctx); return nil })
 	g.Go(func() error { s.watchdog(ctx); return nil })
-	notify(ctx, daemon.SdNotifyReady)
+	g.Go(func() error { s.reportReady(ctx); return nil })
 	log.G(ctx).WithFields(log.Fields{"version": config.Version, "root": config.Root, "runtime_dir": config.RuntimeDir}).Info("stasisd is up")
 	<-ctx.Done()
 	notify(ctx, daemon.SdNotifyStopping)
@@ -158,7 +162,8 @@ func newServer(config Config, st *store.Store) *server {
 	pods := newPods()
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "stasis", Name: "pods",
 		Help: "Pod sandboxes that the runtime told of."}, func() float64 { return float64(pods.count()) }))
-	s.plugin = &plugin{latest: st.Latest, later: s.later, metrics: m, pods: pods, lookups: make(chan struct{}, maxLookups)}
+	s.plugin = &plugin{latest: st.Latest, later: s.later, metrics: m, pods: pods,
+		lookups: make(chan struct{}, maxLookups), accepted: make(chan struct{})}
 	return s
 }
 
@@ -486,6 +491,21 @@ func (s *server) status() Status {
 	r := s.plugin.connectedTo()
 	return Status{Version: s.config.Version, StartedAt: s.started, Healthy: healthy, Runtime: r, Connected: r != "",
 		Pods: s.plugin.pods.count(), Root: s.config.Root, Store: s.figures, HostFacts: s.hostFacts, LastGC: s.lastGC}
+}
+
+// reportReady tells systemd that the daemon is up when the runtime has accepted
+// it, or after ReadyTimeout without a runtime.
+func (s *server) reportReady(ctx context.Context) {
+	t := time.NewTimer(s.config.ReadyTimeout)
+	defer t.Stop()
+	select {
+	case <-s.plugin.accepted:
+	case <-t.C:
+		log.G(ctx).WithField("socket", s.config.NRISocket).Warn("ready without the runtime: containers that are created now are ordinary ones")
+	case <-ctx.Done():
+		return
+	}
+	notify(ctx, daemon.SdNotifyReady)
 }
 
 // watchdog tells systemd that the daemon is alive, if systemd asked for it.

@@ -139,42 +139,63 @@ func TestDaemon(t *testing.T) {
 	}
 }
 
-// TestReadyNotification answers as systemd would.
+// TestReadyNotification answers as systemd would. READY comes with the runtime,
+// or when the wait for it is over.
 func TestReadyNotification(t *testing.T) {
-	dir := filepath.Dir(socketPath(t))
-	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	t.Setenv("NOTIFY_SOCKET", filepath.Join(dir, "notify"))
-	t.Setenv("WATCHDOG_USEC", "300000")
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	done := make(chan error, 1)
-	go func() {
-		done <- Run(ctx, Config{Root: filepath.Join(dir, "store"), RuntimeDir: filepath.Join(dir, "run"), NRISocket: filepath.Join(dir, "none"),
-			PluginIndex: "90", GCInterval: time.Minute, MaxLogBytes: 1 << 20})
-	}()
-	var got bytes.Buffer
-	for _, want := range []string{"READY=1", "WATCHDOG=1", "STOPPING=1"} {
-		for !strings.Contains(got.String(), want) {
-			if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	for name, tc := range map[string]struct {
+		runtime bool
+		timeout time.Duration
+	}{
+		"with a runtime":    {true, time.Hour},
+		"without a runtime": {false, 100 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Dir(socketPath(t))
+			conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+			if err != nil {
 				t.Fatal(err)
 			}
-			b := make([]byte, 256)
-			n, err := conn.Read(b)
-			if err != nil {
-				t.Fatalf("no %s, only %q: %v", want, got.String(), err)
+			defer conn.Close()
+			t.Setenv("NOTIFY_SOCKET", filepath.Join(dir, "notify"))
+			t.Setenv("WATCHDOG_USEC", "300000")
+			socket := filepath.Join(dir, "nri.sock")
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			done := make(chan error, 1)
+			go func() {
+				done <- Run(ctx, Config{Root: filepath.Join(dir, "store"), RuntimeDir: filepath.Join(dir, "run"), NRISocket: socket,
+					PluginIndex: "90", GCInterval: time.Minute, MaxLogBytes: 1 << 20, ReadyTimeout: tc.timeout})
+			}()
+			var got bytes.Buffer
+			// The watchdog needs no runtime.
+			for _, want := range []string{"WATCHDOG=1", "READY=1", "STOPPING=1"} {
+				for !strings.Contains(got.String(), want) {
+					if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+						t.Fatal(err)
+					}
+					b := make([]byte, 256)
+					n, err := conn.Read(b)
+					if err != nil {
+						t.Fatalf("no %s, only %q: %v", want, got.String(), err)
+					}
+					got.Write(append(b[:n], '\n'))
+				}
+				switch want {
+				case "WATCHDOG=1":
+					if tc.runtime {
+						if strings.Contains(got.String(), "READY=1") {
+							t.Error("ready without the runtime")
+						}
+						defer startRuntime(t, socket).Stop()
+					}
+				case "READY=1":
+					cancel()
+				}
 			}
-			got.Write(append(b[:n], '\n'))
-		}
-		if want == "WATCHDOG=1" {
-			cancel()
-		}
-	}
-	if err := <-done; err != nil {
-		t.Error(err)
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

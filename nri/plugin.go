@@ -41,6 +41,9 @@ type plugin struct {
 	pods    *pods
 	lookups chan struct{} // a token for each running lookup
 
+	accepted chan struct{} // closed when the runtime accepted the plugin for the first time
+	first    sync.Once     // closes accepted
+
 	mu      sync.Mutex // guards runtime
 	runtime string     // name and version; empty while not connected
 }
@@ -80,6 +83,7 @@ func (c *connection) Synchronize(_ context.Context, pods []*api.PodSandbox, cont
 	c.metrics.connected.Set(1)
 	log.L.WithFields(log.Fields{"op": "synchronize", "pods": len(pods), "containers": len(containers)}).Info("connected to the runtime")
 	c.once.Do(func() { close(c.synced) })
+	c.first.Do(func() { close(c.accepted) })
 	return nil, nil
 }
 

@@ -135,7 +135,7 @@ func (l *jobLog) events() (es []event.Event) {
 
 func testPlugin(latest func(context.Context, checkpoint.Identity) (*checkpoint.Manifest, error)) (*plugin, *jobLog) {
 	l := new(jobLog)
-	return &plugin{latest: latest, later: l.add, metrics: newMetrics("test"), pods: newPods(), lookups: make(chan struct{}, 2)}, l
+	return &plugin{latest: latest, later: l.add, metrics: newMetrics("test"), pods: newPods(), lookups: make(chan struct{}, 2), accepted: make(chan struct{})}, l
 }
 
 func connect(t *testing.T, p *plugin, socket string) {

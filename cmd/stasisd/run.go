@@ -64,6 +64,7 @@ Under systemd it reports readiness and answers the watchdog.`,
 	f.IntVar(&c.GC.MaxCount, "max-count", 0, "remove the oldest checkpoints beyond this many; 0 for no limit")
 	f.IntVar(&c.GC.KeepPerIdentity, "keep", 2, "remove all but this many checkpoints of one container; 0 for no limit")
 	f.DurationVar(&c.GCInterval, "gc-interval", 5*time.Minute, "time between two removals of old checkpoints")
+	f.DurationVar(&c.ReadyTimeout, "ready-timeout", 30*time.Second, "tell systemd that the daemon is ready after this long without containerd")
 	f.StringVar(&c.MetricsAddress, "metrics-address", "", "TCP address to serve /metrics and /healthz on; empty for none")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
