@@ -25,6 +25,8 @@ const (
 	exitFailure  = 1
 	exitUsage    = 2
 	exitNotFound = 3
+	// exitInterrupted is 128 plus the number of SIGINT, as shells have it.
+	exitInterrupted = 130
 )
 
 // terminal is where the command reads and writes.
@@ -35,7 +37,11 @@ type terminal struct {
 
 // interactive reports whether somebody can be asked.
 func (t terminal) interactive() bool {
-	f, ok := t.in.(*os.File)
+	return isTerminal(t.in)
+}
+
+func isTerminal(stream any) bool {
+	f, ok := stream.(*os.File)
 	if !ok {
 		return false
 	}
@@ -58,6 +64,9 @@ func (e usageError) Unwrap() error { return e.error }
 
 // errSilent has been told already.
 var errSilent = errors.New("failed")
+
+// errInterrupted is what a command returns that a signal ended in the middle.
+var errInterrupted = errors.New("interrupted")
 
 // run is the command; it returns its exit code.
 func run(ctx context.Context, args []string, t terminal) int {
@@ -83,6 +92,8 @@ func run(ctx context.Context, args []string, t terminal) int {
 	switch {
 	case errors.As(err, &usage):
 		return exitUsage
+	case errors.Is(err, errInterrupted):
+		return exitInterrupted
 	case errdefs.IsNotFound(err):
 		return exitNotFound
 	}
@@ -105,7 +116,8 @@ Exit codes:
   0  done
   1  failed, or (doctor, verify) something is wrong
   2  the arguments make no sense
-  3  there is no such checkpoint or store`,
+  3  there is no such checkpoint or store
+  130  interrupted in the middle (prepare-reboot)`,
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
@@ -127,7 +139,7 @@ Exit codes:
 		panic(err) // the flag is defined above
 	}
 	root.AddCommand(c.lsCommand(), c.inspectCommand(), c.rmCommand(), c.gcCommand(), c.verifyCommand(),
-		c.eventsCommand(), c.exportCommand(), c.importCommand(), c.coreCommand(), c.doctorCommand(), c.statusCommand(), c.versionCommand())
+		c.eventsCommand(), c.exportCommand(), c.importCommand(), c.coreCommand(), c.doctorCommand(), c.statusCommand(), c.prepareRebootCommand(), c.versionCommand())
 	return root
 }
 
