@@ -29,8 +29,8 @@ type spec struct {
 
 // builder makes the images' trees. The first error sticks and is returned at the end.
 type builder struct {
-	rootfs, bin string
-	err         error
+	rootfs, bin, java string
+	err               error
 }
 
 func (b *builder) tree(fill func(t *tree), debian ...string) *tree {
@@ -155,6 +155,13 @@ DocumentRoot /usr/share/httpd
 
 	python := b.tree(nil, append(b.glob("usr/lib/python3*", "etc/python3*"), "usr/bin/python3")...)
 
+	// A Java runtime made by jlink, with the one service that it runs. Its libraries find each other.
+	java := b.tree(func(t *tree) {
+		if err := t.copy(b.java, "opt/java"); err != nil && b.err == nil {
+			b.err = err
+		}
+	}, append(b.glob("usr/lib/*-linux-gnu/libc.so.6", "usr/lib/*-linux-gnu/libz.so.1", "usr/lib/*-linux-gnu/libstdc++.so.6"), "usr/lib64/ld-linux-x86-64.so.2")...)
+
 	nnp := b.tree(func(t *tree) { t.file("nonewprivs", 0o4755, b.read(filepath.Join(b.bin, "nonewprivs"))) })
 	pause := b.tree(func(t *tree) { t.file("pause", 0o755, b.read(filepath.Join(b.bin, "pause"))) })
 
@@ -171,6 +178,8 @@ DocumentRoot /usr/share/httpd
 		{[]string{"nginx:latest", e2e + "nginx:1.14-2"}, []*tree{busybox, critest, nginx(80)}, nginxConfig},
 		{[]string{staging + "hostnet-nginx-amd64:latest"}, []*tree{busybox, critest, nginx(12003)}, nginxConfig},
 		{[]string{"python:latest"}, []*tree{busybox, python}, v1.Config{Cmd: []string{"python3"}, Env: []string{"PYTHONDONTWRITEBYTECODE=1"}}},
+
+		{[]string{"java:latest"}, []*tree{busybox, java}, v1.Config{Entrypoint: []string{"/opt/java/bin/java"}, Cmd: []string{"-cp", "/opt/java/classes", "Warm"}}},
 
 		{[]string{e2e + "busybox:1.29-2"}, []*tree{busybox, critest}, shell},
 		{[]string{e2e + "httpd:2.4.39-4"}, []*tree{busybox, httpd}, v1.Config{Cmd: []string{"httpd", "-D", "FOREGROUND"}}},

@@ -1,7 +1,7 @@
 // Command testimages makes the images that the tests run in their pods, out of the files of a Debian
 // root file system, and pushes them to a registry. The same files give the same images, bit by bit.
 //
-//	testimages build --rootfs DIR --bin DIR --layout DIR
+//	testimages build --rootfs DIR --bin DIR --java DIR --layout DIR
 //	testimages push --layout DIR --registry HOST:PORT
 package main
 
@@ -34,6 +34,7 @@ func run(args []string) error {
 	flags := flag.NewFlagSet("testimages", flag.ContinueOnError)
 	rootfs := flags.String("rootfs", "", "root file system to take files from")
 	bin := flags.String("bin", "", "directory of the pause and nonewprivs programs")
+	java := flags.String("java", "", "directory of a Java runtime, with the service in classes")
 	dir := flags.String("layout", "", "directory of the OCI layout")
 	registry := flags.String("registry", "", "registry to push to")
 	if len(args) == 0 {
@@ -44,15 +45,15 @@ func run(args []string) error {
 	}
 	switch args[0] {
 	case "build":
-		return build(*rootfs, *bin, *dir)
+		return build(*rootfs, *bin, *java, *dir)
 	case "push":
 		return push(*dir, *registry)
 	}
 	return fmt.Errorf("unknown command %q", args[0])
 }
 
-func build(rootfs, bin, dir string) error {
-	b := &builder{rootfs: rootfs, bin: bin}
+func build(rootfs, bin, java, dir string) error {
+	b := &builder{rootfs: rootfs, bin: bin, java: java}
 	specs := b.specs()
 	if b.err != nil {
 		return b.err

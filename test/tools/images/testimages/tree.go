@@ -129,6 +129,41 @@ func (t *tree) addOne(name, file string, d fs.DirEntry) error {
 	return nil
 }
 
+// copy puts a directory with all below it, which belongs to nobody, at the path to, owned by root.
+func (t *tree) copy(from, to string) error {
+	return filepath.WalkDir(from, func(file string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, file)
+		if err != nil {
+			return err
+		}
+		name := path.Join(to, rel)
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		switch {
+		case d.IsDir():
+			t.dir(name, 0o755, 0, 0)
+		case info.Mode()&fs.ModeSymlink != 0:
+			target, err := os.Readlink(file)
+			if err != nil {
+				return err
+			}
+			t.symlink(name, target)
+		case info.Mode().IsRegular():
+			data, err := os.ReadFile(file)
+			if err != nil {
+				return err
+			}
+			t.file(name, int64(info.Mode().Perm()), data)
+		}
+		return nil
+	})
+}
+
 // addLibraries adds the program interpreter and the libraries that an ELF file names, if it is one.
 func (t *tree) addLibraries(data []byte) error {
 	if !bytes.HasPrefix(data, []byte(elf.ELFMAG)) {
