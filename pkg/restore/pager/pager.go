@@ -1,0 +1,517 @@
+package pager
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+)
+
+// Options of a pager. The zero value of a number takes the default.
+type Options struct {
+	// ImageDir holds the images, not links to them.
+	ImageDir string
+	// WorkDir is the directory in which CRIU works: runc's --work-path, or
+	// CRIU's own. CRIU looks for the socket there.
+	WorkDir string
+	// Threads copy in bulk; default one for each CPU, four at most.
+	Threads int
+	// RestoreTimeout bounds the time from the start to CRIU's message that the
+	// restore is done; default two minutes.
+	RestoreTimeout time.Duration
+	// StallTimeout bounds the time in which nothing is filled though something
+	// is to be; default 30 s.
+	StallTimeout time.Duration
+	// Keep is called with every userfaultfd before anything is read from it, so
+	// that somebody else can hold it, too. See [Keeper].
+	Keep func(uffd int) error
+
+	pause time.Duration // between the pieces of the bulk; for tests
+}
+
+// Stats are counts since the start.
+type Stats struct {
+	TotalBytes  uint64 // lazy memory in the images
+	CopiedBytes uint64 // more than that after forks, less where memory went away
+	ZeroBytes   uint64 // asked for, without content in the images
+	Faults      uint64
+	Events      uint64 // fork, remap, remove, unmap
+	Processes   int    // whose memory was to be filled, children of fork included
+	// Restored is the time from the start to CRIU's last message, Filled from
+	// there until all was full; 0 before.
+	Restored, Filled time.Duration
+}
+
+// Rate is the speed of the filling after the restore, in bytes per second.
+func (s Stats) Rate() float64 {
+	if s.Filled <= 0 {
+		return 0
+	}
+	return float64(s.CopiedBytes) / s.Filled.Seconds()
+}
+
+// ErrNotRestored is in the error of [Pager.Wait] where CRIU can no longer let
+// the tasks run: it fails on its own, and there is nothing to be killed.
+var ErrNotRestored = errors.New("CRIU has not finished the restore")
+
+// Pager fills the memory of one restore. It is made by [Start].
+type Pager struct {
+	opt   Options
+	mem   *criu.LazyMemory
+	total uint64            // bytes of it
+	src   map[uint32][]byte // mapped pages by pid
+	start time.Time
+
+	epoll, wake int             // descriptors
+	ending      context.Context // done when the pager ends
+	stop        context.CancelFunc
+	restored    chan struct{} // closed at CRIU's last message
+	done        chan struct{} // closed when nothing runs any more
+	running     sync.WaitGroup
+
+	copied, looked, zeroed, faults, events atomic.Uint64
+	lastFault                              atomic.Int64 // Unix time, ns
+	restoredAt, filledAt                   atomic.Int64 // ns after start
+
+	mu    sync.Mutex
+	cond  sync.Cond // spaces, more work, or the end
+	err   error
+	ended bool
+	// abandoned: CRIU cannot finish the restore.
+	abandoned bool
+	ready     bool           // CRIU is done: bulk may begin
+	spaces    map[int]*space // by descriptor; those that are not yet full
+	count     int
+	held      []int // descriptors that are only kept
+}
+
+// Start reads what the images say about lazy memory, and listens for CRIU,
+// which may then be started. The pager ends with its context, as after a
+// failure; it must be closed in any case, see [Pager.Close].
+func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
+	if os.Getpagesize() != pageSize {
+		return nil, fmt.Errorf("pager: pages of %d bytes: %w", os.Getpagesize(), errdefs.ErrNotImplemented)
+	}
+	if opt.Threads <= 0 {
+		opt.Threads = min(runtime.NumCPU(), 4)
+	}
+	if opt.RestoreTimeout <= 0 {
+		opt.RestoreTimeout = 2 * time.Minute
+	}
+	if opt.StallTimeout <= 0 {
+		opt.StallTimeout = 30 * time.Second
+	}
+	p := &Pager{
+		opt: opt, start: time.Now(), epoll: -1, wake: -1,
+		src: map[uint32][]byte{}, spaces: map[int]*space{},
+		restored: make(chan struct{}), done: make(chan struct{}),
+	}
+	p.cond.L = &p.mu
+	p.ending, p.stop = context.WithCancel(context.WithoutCancel(ctx))
+	defer func() {
+		if err != nil {
+			p.stop()
+			err = errors.Join(fmt.Errorf("pager: %w", err), p.release())
+		}
+	}()
+	if p.mem, err = criu.OpenLazyMemory(opt.ImageDir); err != nil {
+		return nil, err
+	}
+	p.total = p.mem.Bytes()
+	for _, t := range p.mem.Tasks {
+		if t.Pages == nil {
+			continue
+		}
+		unix.Fadvise(int(t.Pages.Fd()), 0, 0, unix.FADV_WILLNEED) // a hint
+		if p.src[t.PID], err = unix.Mmap(int(t.Pages.Fd()), 0, int(t.PagesSize), unix.PROT_READ, unix.MAP_SHARED); err != nil {
+			return nil, fmt.Errorf("map %s: %w", t.Pages.Name(), err)
+		}
+	}
+	if p.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("epoll: %w", err)
+	}
+	if p.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	if err := p.watch(p.wake); err != nil {
+		return nil, err
+	}
+	l, remove, err := listen(opt.WorkDir)
+	if err != nil {
+		return nil, err
+	}
+	p.running.Add(2 + opt.Threads)
+	go func() { defer p.running.Done(); p.receive(l, remove) }()
+	go func() { defer p.running.Done(); p.serve() }()
+	for range opt.Threads {
+		go func() { defer p.running.Done(); p.fillBulk() }()
+	}
+	unhook := context.AfterFunc(ctx, func() { p.end(context.Cause(ctx)) })
+	go func() {
+		p.running.Wait()
+		unhook()
+		p.mu.Lock()
+		if p.abandoned {
+			p.closeSpaces() // lets CRIU find out
+		}
+		p.mu.Unlock()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// Restored is closed when CRIU has said that the restore is done: the tasks are
+// about to run.
+func (p *Pager) Restored() <-chan struct{} { return p.restored }
+
+// Wait waits until all memory is full, nil, or for the failure that keeps it
+// from becoming so. Then the container must be killed, before [Pager.Close]:
+// whoever touches a missing page waits until then. An error that wraps
+// [ErrNotRestored] needs no kill.
+//
+// Memory that is not full must not be dumped: what is missing would be missing
+// in the dump.
+func (p *Pager) Wait(ctx context.Context) error {
+	select {
+	case <-p.done:
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Stats are the counts of this moment.
+func (p *Pager) Stats() Stats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := Stats{
+		TotalBytes: p.total, CopiedBytes: p.copied.Load(), ZeroBytes: p.zeroed.Load(),
+		Faults: p.faults.Load(), Events: p.events.Load(), Processes: p.count,
+		Restored: time.Duration(p.restoredAt.Load()),
+	}
+	if at := time.Duration(p.filledAt.Load()); at > 0 {
+		s.Filled = at - s.Restored
+	}
+	return s
+}
+
+// Close ends the pager and closes all descriptors. Pages that are missing read
+// as zero from then on: unless Wait has returned nil or [ErrNotRestored], the
+// tasks must be dead.
+func (p *Pager) Close() error {
+	p.end(errors.New("closed"))
+	<-p.done
+	return p.release()
+}
+
+// release closes whatever is open.
+func (p *Pager) release() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	errs := []error{p.closeSpaces()}
+	for _, fd := range []*int{&p.epoll, &p.wake} {
+		if *fd >= 0 {
+			errs = append(errs, unix.Close(*fd))
+			*fd = -1
+		}
+	}
+	for pid, b := range p.src {
+		errs = append(errs, unix.Munmap(b))
+		delete(p.src, pid)
+	}
+	if p.mem != nil {
+		errs = append(errs, p.mem.Close())
+		p.mem = nil
+	}
+	return errors.Join(errs...)
+}
+
+// closeSpaces closes all userfaultfds. The caller holds mu.
+func (p *Pager) closeSpaces() error {
+	var errs []error
+	for fd := range p.spaces {
+		errs = append(errs, unix.Close(fd))
+	}
+	for _, fd := range p.held {
+		errs = append(errs, unix.Close(fd))
+	}
+	clear(p.spaces)
+	p.held = nil
+	return errors.Join(errs...)
+}
+
+// unhold takes a descriptor from those that are only kept.
+func (p *Pager) unhold(fd int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.held = slices.DeleteFunc(p.held, func(h int) bool { return h == fd })
+}
+
+// abandon ends the pager where CRIU cannot finish the restore any more.
+func (p *Pager) abandon(err error) {
+	p.end(err)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.abandoned = true
+	p.err = fmt.Errorf("%w: %w", ErrNotRestored, p.err)
+}
+
+// atEnd calls f when the pager ends, unless unhooked before.
+func (p *Pager) atEnd(f func()) (unhook func() bool) {
+	return context.AfterFunc(p.ending, f)
+}
+
+// end stops everything, once; err is nil when all is full.
+func (p *Pager) end(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended {
+		return
+	}
+	p.ended = true
+	if err != nil {
+		p.err = fmt.Errorf("pager: %w", err)
+	} else {
+		p.filledAt.Store(int64(time.Since(p.start)))
+	}
+	p.stop()
+	p.cond.Broadcast()
+	p.wakeServer()
+}
+
+// wakeServer makes the server look at everything. The caller holds mu, so that
+// the descriptor is not yet closed.
+func (p *Pager) wakeServer() {
+	if p.wake >= 0 {
+		var one [8]byte
+		binary.NativeEndian.PutUint64(one[:], 1)
+		unix.Write(p.wake, one[:]) // EAGAIN: it is awake already
+	}
+}
+
+func (p *Pager) watch(fd int) error {
+	e := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}
+	if err := unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, fd, &e); err != nil {
+		return fmt.Errorf("epoll: %w", err)
+	}
+	return nil
+}
+
+// add takes charge of an address space and its descriptor.
+func (p *Pager) add(s *space) error {
+	p.mu.Lock()
+	p.spaces[s.fd] = s
+	p.count++
+	p.mu.Unlock()
+	if !isUffd(s.fd) {
+		return fmt.Errorf("process %d: descriptor is not a userfaultfd", s.pid)
+	}
+	if p.opt.Keep != nil {
+		if err := p.opt.Keep(s.fd); err != nil {
+			return fmt.Errorf("process %d: keep userfaultfd: %w", s.pid, err)
+		}
+	}
+	if err := p.watch(s.fd); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	p.cond.Broadcast()
+	p.mu.Unlock()
+	return nil
+}
+
+// setReady begins the bulk.
+func (p *Pager) setReady() {
+	p.restoredAt.Store(int64(time.Since(p.start)))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ready = true
+	close(p.restored)
+	p.cond.Broadcast()
+	p.wakeServer()
+}
+
+// serve answers faults and follows events.
+func (p *Pager) serve() {
+	const idle = 100 * time.Millisecond
+	timeout := idle
+	looked, progress := uint64(0), time.Now()
+	var events [64]unix.EpollEvent
+	for {
+		n, err := unix.EpollWait(p.epoll, events[:], int(timeout.Milliseconds()))
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			p.end(fmt.Errorf("epoll: %w", err))
+			return
+		}
+		p.mu.Lock()
+		ended, ready := p.ended, p.ready
+		var due []*space
+		for _, e := range events[:max(n, 0)] {
+			if int(e.Fd) == p.wake {
+				var b [8]byte
+				unix.Read(p.wake, b[:])
+			} else if s := p.spaces[int(e.Fd)]; s != nil {
+				due = append(due, s)
+			}
+		}
+		p.mu.Unlock()
+		if ended {
+			return
+		}
+		for _, s := range due {
+			if err := p.serveSpace(s); err != nil {
+				p.end(err)
+				return
+			}
+		}
+		left, deferred, err := p.finishFull(ready)
+		if err != nil {
+			p.end(err)
+			return
+		}
+		if ready && left == 0 {
+			p.end(nil)
+			return
+		}
+		timeout = idle
+		if deferred {
+			timeout = time.Millisecond
+		}
+		if now := p.looked.Load(); now != looked || !ready {
+			looked, progress = now, time.Now()
+		} else if time.Since(progress) > p.opt.StallTimeout {
+			p.end(fmt.Errorf("nothing was filled for %v", p.opt.StallTimeout))
+			return
+		}
+	}
+}
+
+// serveSpace serves a space and takes charge of its children.
+func (p *Pager) serveSpace(s *space) error {
+	children, err := s.serve()
+	for _, c := range children {
+		err = errors.Join(err, p.add(c))
+	}
+	if errors.Is(err, errExited) {
+		s.setGone()
+		err = nil
+	}
+	return err
+}
+
+// finishFull closes the descriptors of spaces that are full or gone, and serves
+// those that wait for their second try. It returns how many spaces are left.
+func (p *Pager) finishFull(ready bool) (left int, deferred bool, err error) {
+	p.mu.Lock()
+	all := make([]*space, 0, len(p.spaces))
+	for _, s := range p.spaces {
+		all = append(all, s)
+	}
+	p.mu.Unlock()
+	for _, s := range all {
+		idle, gone := s.idle()
+		if len(s.deferred) > 0 && !gone || idle && ready && !gone {
+			// What was told until now comes first: the last news of a full
+			// space may be a child.
+			if err := p.serveSpace(s); err != nil {
+				return 0, false, err
+			}
+		}
+		if closed, err := p.finish(s, ready); err != nil {
+			return 0, false, err
+		} else if closed {
+			continue
+		}
+		deferred = deferred || len(s.deferred) > 0
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.spaces), deferred, nil
+}
+
+// finish closes a space if nothing is left to be done in it.
+func (p *Pager) finish(s *space, ready bool) (bool, error) {
+	s.rw.Lock()
+	defer s.rw.Unlock()
+	idle, gone := s.idle()
+	if !gone && (!idle || !ready || len(s.deferred) > 0) {
+		return false, nil
+	}
+	if !gone {
+		if err := s.settle(); err != nil {
+			return false, err
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.spaces, s.fd)
+	fd := s.fd
+	s.fd = -1
+	if err := unix.Close(fd); err != nil {
+		return false, fmt.Errorf("process %d: close userfaultfd: %w", s.pid, err)
+	}
+	return true, nil
+}
+
+// fillBulk copies whatever is to be copied, until the end.
+func (p *Pager) fillBulk() {
+	// A thread of its own that yields to the tasks and to the server. It ends
+	// with the goroutine, as it is not unlocked.
+	runtime.LockOSThread()
+	unix.Setpriority(unix.PRIO_PROCESS, 0, 10) // without it, it is only less fair
+	for {
+		s := p.nextSpace()
+		if s == nil {
+			return
+		}
+		err := s.bulk()
+		switch {
+		case err == nil:
+		case errors.Is(err, errChanging):
+			time.Sleep(50 * time.Microsecond) // the server reads what it is
+		case errors.Is(err, errExited):
+			s.setGone()
+		default:
+			p.end(err)
+			return
+		}
+		if idle, _ := s.idle(); idle {
+			p.mu.Lock()
+			p.wakeServer()
+			p.mu.Unlock()
+		}
+		if p.opt.pause > 0 {
+			time.Sleep(p.opt.pause)
+		}
+	}
+}
+
+// nextSpace waits for a space with something to do; nil at the end.
+func (p *Pager) nextSpace() *space {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for !p.ended {
+		if p.ready {
+			for _, s := range p.spaces {
+				if idle, _ := s.idle(); !idle {
+					return s
+				}
+			}
+		}
+		p.cond.Wait()
+	}
+	return nil
+}

@@ -1,0 +1,214 @@
+package pager
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+)
+
+// restoreFinished is CRIU's last message.
+const restoreFinished = 0x52535446
+
+var errProtocol = fmt.Errorf("not CRIU's protocol: %w", checkpoint.ErrInvalid)
+
+// listen makes the socket. CRIU names it relative to its work directory, whose
+// path may be longer than the path of a socket, so it is named by a descriptor
+// of the directory here. The socket's name is gone when CRIU has connected.
+func listen(dir string) (_ *net.UnixListener, remove func() error, err error) {
+	const name = "lazy-pages.socket"
+	d, err := os.OpenFile(dir, unix.O_DIRECTORY|unix.O_PATH|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("work directory: %w", err)
+	}
+	remove = func() error {
+		err := unix.Unlinkat(int(d.Fd()), name, 0)
+		if errors.Is(err, unix.ENOENT) {
+			err = nil
+		}
+		return errors.Join(err, d.Close())
+	}
+	path := filepath.Join(fmt.Sprintf("/proc/self/fd/%d", d.Fd()), name)
+	if err := unix.Unlinkat(int(d.Fd()), name, 0); err != nil && !errors.Is(err, unix.ENOENT) { // of an earlier try
+		d.Close()
+		return nil, nil, fmt.Errorf("remove %s: %w", name, err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		d.Close()
+		return nil, nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, nil, errors.Join(err, l.Close(), remove())
+	}
+	return l, remove, nil
+}
+
+// receive talks to CRIU until it has finished its restore.
+func (p *Pager) receive(l *net.UnixListener, remove func() error) {
+	deadline := p.start.Add(p.opt.RestoreTimeout)
+	l.SetDeadline(deadline)
+	unhook := p.atEnd(func() { l.SetDeadline(time.Unix(1, 0)) })
+	conn, err := l.AcceptUnix()
+	unhook()
+	err = errors.Join(err, l.Close(), remove())
+	if conn == nil {
+		p.abandon(fmt.Errorf("wait for CRIU: %w", err))
+		return
+	}
+	defer conn.Close()
+	conn.SetDeadline(deadline)
+	unhook = p.atEnd(func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer unhook()
+	if err == nil {
+		err = p.receiveAll(conn)
+	}
+	if err == nil {
+		p.setReady()
+		return
+	}
+	p.end(err)
+	// What CRIU has not yet sent it cannot send any more. If the last message is
+	// not among what it has sent, it will fail to send it, and kill the tasks.
+	conn.CloseRead()
+	conn.SetDeadline(time.Time{}) // nobody to be waited for
+	if p.drain(conn) {
+		return
+	}
+	p.abandon(err)
+}
+
+// receiveAll receives a descriptor, or a zombie's sign, for each process and
+// then the last message.
+func (p *Pager) receiveAll(conn *net.UnixConn) error {
+	if err := checkPeer(conn); err != nil {
+		return err
+	}
+	left := make(map[uint32]criu.LazyTask, len(p.mem.Tasks))
+	for _, t := range p.mem.Tasks {
+		left[t.PID] = t
+	}
+	for {
+		b, fds, err := p.read(conn, 4)
+		if err != nil {
+			return err
+		}
+		if len(fds) > 0 {
+			return fmt.Errorf("descriptor without a process: %w", errProtocol)
+		}
+		id := int32(binary.NativeEndian.Uint32(b))
+		if id == restoreFinished {
+			if len(left) > 0 {
+				return fmt.Errorf("finished, though %d processes have not come: %w", len(left), errProtocol)
+			}
+			return nil
+		}
+		t, ok := left[uint32(max(id, -id))]
+		if !ok || t.Zombie != (id < 0) {
+			return fmt.Errorf("process %d is not in the images, or came twice: %w", id, errProtocol)
+		}
+		delete(left, t.PID)
+		if t.Zombie {
+			continue
+		}
+		// CRIU's byte is of no meaning.
+		if _, fds, err = p.read(conn, 1); err != nil {
+			return fmt.Errorf("process %d: %w", id, err)
+		}
+		if len(fds) != 1 {
+			return fmt.Errorf("process %d: %d descriptors: %w", id, len(fds), errProtocol)
+		}
+		s := &space{p: p, pid: t.PID, fd: fds[0], src: p.src[t.PID]}
+		for _, r := range t.Runs {
+			s.spans = append(s.spans, span{addr: r.Addr, size: r.Size, off: r.Off, notInherited: r.NotInherited})
+		}
+		s.todo = append(s.todo, s.spans...)
+		p.unhold(fds[0])
+		if err := p.add(s); err != nil {
+			return err
+		}
+	}
+}
+
+// read reads exactly n bytes, at most 4, and the descriptors that come along,
+// which are held.
+func (p *Pager) read(conn *net.UnixConn, n int) ([]byte, []int, error) {
+	b, oob := make([]byte, n), make([]byte, unix.CmsgSpace(4*4))
+	got, oobn, flags, _, err := conn.ReadMsgUnix(b, oob)
+	fds := p.hold(oob[:oobn])
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil, fds, fmt.Errorf("CRIU has failed: %w", io.ErrUnexpectedEOF)
+	case err != nil:
+		return nil, fds, fmt.Errorf("read from CRIU: %w", err)
+	case got != n || flags&unix.MSG_CTRUNC != 0:
+		return nil, fds, fmt.Errorf("%d bytes instead of %d: %w", got, n, errProtocol)
+	}
+	return b, fds, nil
+}
+
+// hold keeps the descriptors of a control message.
+func (p *Pager) hold(oob []byte) (fds []int) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil
+	}
+	for _, m := range messages {
+		if got, err := unix.ParseUnixRights(&m); err == nil {
+			fds = append(fds, got...)
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.held = append(p.held, fds...)
+	return fds
+}
+
+// drain reads what is left and tells whether the last message is in it. The
+// descriptors are kept, as there may be tasks that run.
+func (p *Pager) drain(conn *net.UnixConn) (finished bool) {
+	var last uint32
+	for {
+		var b [1]byte
+		oob := make([]byte, unix.CmsgSpace(4*4))
+		n, oobn, _, _, err := conn.ReadMsgUnix(b[:], oob)
+		p.hold(oob[:oobn])
+		if err != nil && !errors.Is(err, io.EOF) {
+			return true // who knows
+		}
+		if n == 0 {
+			return last == restoreFinished
+		}
+		// In the machine's order, which is little-endian wherever this runs.
+		last = last>>8 | uint32(b[0])<<24
+	}
+}
+
+// checkPeer accepts only processes of the pager's own user.
+func checkPeer(conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	if cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil {
+		return cerr
+	}
+	if err != nil {
+		return fmt.Errorf("peer of the socket: %w", err)
+	}
+	if int(cred.Uid) != os.Geteuid() {
+		return fmt.Errorf("user %d connected: %w", cred.Uid, errProtocol)
+	}
+	return nil
+}
