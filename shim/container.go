@@ -2,10 +2,13 @@ package shim
 
 import (
 	"context"
+	"fmt"
+	"slices"
 	"sync"
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
@@ -38,12 +41,16 @@ type container struct {
 	// restoredFrom is the manifest of the checkpoint that the container goes on from.
 	restoredFrom *checkpoint.Manifest
 	startedAt    time.Time
-	cgroup       *cgroup // nil before Start
-	// busy names the operation that holds the inner service's lock of this
-	// container; while it is set, state answers for the inner service.
-	busy  string
-	state *taskAPI.StateResponse
-	dump  *dumpJob // the first and only one
+	pid          int   // of the first process, 0 before Start
+	cgroup       group // nil before Start
+	// busy names the operation that holds the container, and perhaps the inner
+	// service's lock of it; while it is set, state answers for the inner service.
+	busy    string
+	state   *taskAPI.StateResponse
+	dump    *dumpJob // of a stop, the first and only one
+	prepare *dumpJob // of a preparation for a reboot, set while busy is one of its operations
+	// stopping: a signal was delivered without a dump.
+	stopping bool
 	// settled is closed while the inner service has the container; it is open
 	// during the exchange of a failed restore for a cold start.
 	settled chan struct{}
@@ -59,6 +66,17 @@ type pendingRestore struct {
 	fresh   bool            // the writable layer was found empty, as it is to be left
 	applied []layer.Applied // writable layer and volumes, to be undone before a cold start
 	begun   time.Time
+}
+
+// group is the cgroup of a container, as far as one needs it. Tests have their own.
+type group interface {
+	freeze(ctx context.Context) error
+	leaveVfork(ctx context.Context) error
+	thaw() error
+	killAll() error
+	pids() ([]uint32, error)
+	stat() (any, error)
+	memoryBytes() (int64, error)
 }
 
 func newContainer(id string) *container {
@@ -91,7 +109,72 @@ func (c *container) begin(op string, state *taskAPI.StateResponse) bool {
 func (c *container) end() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.busy, c.state = "", nil
+	c.busy, c.state, c.prepare = "", nil, nil
+}
+
+// turn makes one operation follow another, unless another one was faster.
+func (c *container) turn(from, to string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.busy != from {
+		return false
+	}
+	c.busy = to
+	return true
+}
+
+// beginStopping is called before a signal is delivered without a dump. It
+// refuses while the container is or may be frozen for a reboot.
+func (c *container) beginStopping() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch c.busy {
+	case opPreparing, opPrepared, opAborting:
+		return false
+	}
+	c.stopping = true
+	return true
+}
+
+// preparable returns the preparation for a reboot that there is, or an error
+// where none can begin.
+func (c *container) preparable() (*dumpJob, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.preparableLocked()
+}
+
+func (c *container) preparableLocked() (*dumpJob, error) {
+	switch {
+	case c.busy == opPreparing, c.busy == opPrepared:
+		return c.prepare, nil
+	case c.busy != "":
+		return nil, busyError(c.busy)
+	case c.dump != nil || c.stopping:
+		return nil, fmt.Errorf("it is being stopped: %w", errdefs.ErrUnavailable)
+	case c.startedAt.IsZero():
+		return nil, fmt.Errorf("it was not started: %w", errdefs.ErrFailedPrecondition)
+	}
+	return nil, nil
+}
+
+// beginPreparing makes job the preparation, where preparable allows it.
+func (c *container) beginPreparing(job *dumpJob, state *taskAPI.StateResponse) (other *dumpJob, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if other, err := c.preparableLocked(); other != nil || err != nil {
+		return other, err
+	}
+	c.busy, c.state, c.prepare = opPreparing, state, job
+	return nil, nil
+}
+
+// busyError is what a caller gets who comes during the operation.
+func busyError(op string) error {
+	if op == opPrepared {
+		return fmt.Errorf("it is frozen, prepared for a reboot; `stasis prepare-reboot --abort` lets it go on: %w", errdefs.ErrUnavailable)
+	}
+	return fmt.Errorf("%s in progress, try again: %w", op, errdefs.ErrUnavailable)
 }
 
 // occupied returns the operation in progress, "" for none, and the state to answer.
@@ -101,16 +184,21 @@ func (c *container) occupied() (string, *taskAPI.StateResponse) {
 	return c.busy, c.state
 }
 
-// waitCheckpoint returns when no CRI checkpoint of an opted-in container is in
-// progress: a stop signal that came then would be delivered without a dump.
-func (c *container) waitCheckpoint(ctx context.Context) error {
-	if !c.optedIn {
-		return nil
-	}
+// Operations that make a container busy, as an error names them.
+const (
+	opDump       = "dump"       // of a stop, to the end; or the end of one that is prepared
+	opCheckpoint = "checkpoint" // the CRI call
+	opPreparing  = "preparation for a reboot"
+	opPrepared   = "reboot" // frozen, with a committed checkpoint
+	opAborting   = "return from the preparation for a reboot"
+)
+
+// waitWhile returns when the container is busy with none of the operations.
+func (c *container) waitWhile(ctx context.Context, ops ...string) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if op, _ := c.occupied(); op != opCheckpoint {
+		if op, _ := c.occupied(); !slices.Contains(ops, op) {
 			return nil
 		}
 		select {
@@ -120,9 +208,6 @@ func (c *container) waitCheckpoint(ctx context.Context) error {
 		}
 	}
 }
-
-// opCheckpoint is the CRI call, as an operation that makes a container busy.
-const opCheckpoint = "checkpoint"
 
 // beginExchange makes calls wait and waiters look again; the returned function
 // ends it.

@@ -7,9 +7,13 @@
 // Invariants:
 //
 //   - Every dump ends in one of two states: the checkpoint is committed and the
-//     container is dead, or the container was thawed and got its signal.
+//     container is dead, or the container was thawed and got its signal. One for
+//     a reboot leaves the container frozen with its checkpoint, or running
+//     without one; see reboot.go for what may follow.
 //   - A freeze has one owner, the dump job, which thaws on every path that does
-//     not end in the container's death.
+//     not end in the container's death or in its wait for a reboot.
+//   - No container runs on after its checkpoint was committed: the checkpoint is
+//     removed before the thaw.
 //   - A checkpoint is claimed before Create answers, and consumed, released or
 //     quarantined before Start answers.
 //   - A panic would take the pod down, so nothing here indexes or converts

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/layer"
@@ -41,12 +42,31 @@ const logLines = 12
 // abortGrace is what CRIU gets to clean up after its victims were killed.
 const abortGrace = 2 * time.Second
 
-// dumpJob is the one dump that a container gets. It runs detached from the
-// call that began it: a caller that goes away must not leave half a dump.
+// dumpJob is a dump of a container, of which there is one at a time. It runs
+// detached from the call that began it: a caller that goes away must not leave
+// half a dump.
 type dumpJob struct {
 	cancel context.CancelCauseFunc
-	done   chan struct{} // closed when the container is dead or has its signal
-	err    error         // of the final Kill; read after done
+	// done is closed when the container is dead or has its signal; for a
+	// reboot, when it is prepared or runs on. The rest is read after it.
+	done   chan struct{}
+	err    error          // of the final Kill; for a reboot, of the dump
+	result control.Result // for a reboot
+}
+
+// newJob returns a job, the context of its life, which it cancels, and the time
+// by which its dump must end: before the caller's deadline.
+func (s *service) newJob(ctx context.Context) (job *dumpJob, life context.Context, deadline time.Time) {
+	deadline = time.Now().Add(s.config.DumpTimeout)
+	if d, ok := ctx.Deadline(); ok && d.Add(-s.config.CallerMargin).Before(deadline) {
+		deadline = d.Add(-s.config.CallerMargin)
+	}
+	life = log.WithLogger(s.ctx, log.G(ctx))
+	if ns, ok := namespaces.Namespace(ctx); ok { // otherwise the shim's own, which is the same
+		life = namespaces.WithNamespace(life, ns)
+	}
+	life, cancel := context.WithCancelCause(life)
+	return &dumpJob{cancel: cancel, done: make(chan struct{})}, life, deadline
 }
 
 // beginDump starts the dump that precedes the first stop signal. It returns nil
@@ -74,33 +94,25 @@ func (s *service) beginDump(ctx context.Context, c *container, r *taskAPI.KillRe
 	if err != nil || state.Status != task.Status_RUNNING || c.busy != "" {
 		return nil, false
 	}
-	deadline := time.Now().Add(s.config.DumpTimeout)
-	if d, ok := ctx.Deadline(); ok && d.Add(-s.config.CallerMargin).Before(deadline) {
-		deadline = d.Add(-s.config.CallerMargin)
-	}
-	jobCtx := namespaces.WithNamespace(log.WithLogger(s.ctx, log.G(ctx)), namespaceOf(ctx))
-	jobCtx, cancelCause := context.WithCancelCause(jobCtx)
-	jobCtx, cancel := context.WithDeadline(jobCtx, deadline)
-	job = &dumpJob{cancel: cancelCause, done: make(chan struct{})}
-	c.busy, c.state, c.dump = "dump", state, job
+	job, life, deadline := s.newJob(ctx)
+	c.busy, c.state, c.dump = opDump, state, job
 	go func() {
-		defer cancelCause(nil)
-		defer cancel()
+		defer job.cancel(nil)
 		defer close(job.done)
-		job.err = s.stop(jobCtx, c, r, int(state.Pid))
+		ctx, cancel := context.WithDeadline(life, deadline)
+		defer cancel()
+		job.err = s.stop(ctx, c, r, int(state.Pid))
 	}()
 	return job, true
-}
-
-func namespaceOf(ctx context.Context) string {
-	ns, _ := namespaces.Namespace(ctx) // the inner service rejects a request without one
-	return ns
 }
 
 // abortDump ends a dump in progress in favour of SIGKILL and waits for its end.
 func (s *service) abortDump(ctx context.Context, c *container) {
 	c.mu.Lock()
 	job, cg := c.dump, c.cgroup
+	if c.prepare != nil {
+		job = c.prepare
+	}
 	c.mu.Unlock()
 	if job == nil || isClosed(job.done) {
 		return
@@ -124,31 +136,26 @@ func (s *service) abortDump(ctx context.Context, c *container) {
 // stop dumps, commits and kills; where that cannot be done it thaws and passes
 // the signal on.
 func (s *service) stop(ctx context.Context, c *container, r *taskAPI.KillRequest, pid int) error {
-	start := time.Now()
-	m, err := s.dumpAndCommit(ctx, c, pid)
-	// From here on nothing may be cancelled by the caller.
-	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
-	defer cancel()
-	if err != nil {
-		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
-			err = fmt.Errorf("%w: %w", cause, err)
-		}
-		c.end()
-		s.event(cleanup, c, event.Event{
-			Type: event.DumpFailed, Reason: err.Error(), ReasonCode: reasonCode(err),
-			DurationMicros: time.Since(start).Microseconds(),
-		})
-		if errors.Is(err, errAborted) {
-			return nil // whoever aborted delivers SIGKILL
-		}
-		return s.kill(cleanup, r)
+	_, err := s.dump(ctx, c, pid, false)
+	if err == nil {
+		return s.killFrozen(ctx, c)
 	}
-	s.event(cleanup, c, event.Event{
-		Type: event.Dumped, CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes,
-		DurationMicros: time.Since(start).Microseconds(), Timings: &m.Timings,
-	})
-	// All processes die while they are still frozen: none may run on after
-	// its state was saved.
+	c.end()
+	if errors.Is(err, errAborted) {
+		return nil // whoever aborted delivers SIGKILL
+	}
+	// From here on nothing may be cancelled by the caller.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
+	return s.kill(ctx, r)
+}
+
+// killFrozen kills a container that was dumped, and ends its opDump. All
+// processes die while they are still frozen: none may run on after its state
+// was saved. It does not depend on the caller's staying.
+func (s *service) killFrozen(ctx context.Context, c *container) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
 	c.mu.Lock()
 	cg := c.cgroup
 	c.mu.Unlock()
@@ -156,7 +163,7 @@ func (s *service) stop(ctx context.Context, c *container, r *taskAPI.KillRequest
 		log.G(ctx).WithError(err).Warn("kill frozen processes")
 	}
 	c.end()
-	return s.kill(cleanup, &taskAPI.KillRequest{ID: c.id, Signal: uint32(unix.SIGKILL)})
+	return s.kill(ctx, &taskAPI.KillRequest{ID: c.id, Signal: uint32(unix.SIGKILL)})
 }
 
 func (s *service) kill(ctx context.Context, r *taskAPI.KillRequest) error {
@@ -167,10 +174,35 @@ func (s *service) kill(ctx context.Context, r *taskAPI.KillRequest) error {
 	return err
 }
 
+// dump is dumpAndCommit and the event that tells of it.
+func (s *service) dump(ctx context.Context, c *container, pid int, reboot bool) (*checkpoint.Manifest, error) {
+	start := time.Now()
+	m, err := s.dumpAndCommit(ctx, c, pid, reboot)
+	e := event.Event{DurationMicros: time.Since(start).Microseconds()}
+	if reboot {
+		e.Reason = rebootReason
+	}
+	if err == nil {
+		e.Type, e.CheckpointID, e.SizeBytes, e.Timings = event.Dumped, m.ID, m.Sizes.TotalBytes, &m.Timings
+	} else {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			err = fmt.Errorf("%w: %w", cause, err)
+		}
+		if reboot {
+			e.Reason += ": "
+		}
+		e.Type, e.ReasonCode = event.DumpFailed, reasonCode(err)
+		e.Reason += err.Error()
+	}
+	s.event(ctx, c, e)
+	return m, err
+}
+
 // dumpAndCommit leaves the container frozen with a committed checkpoint, or
-// running and without one.
-func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int) (_ *checkpoint.Manifest, err error) {
-	cg, err := loadCgroup(pid, c.id)
+// running and without one. For a reboot it freezes before it waits for a dump
+// slot, so that the containers of a node stand still together.
+func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, reboot bool) (_ *checkpoint.Manifest, err error) {
+	cg, err := s.findGroup(pid, c.id)
 	if err != nil {
 		return nil, err
 	}
@@ -184,58 +216,88 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int) (_ *
 	if err := s.preflight(st, cg); err != nil {
 		return nil, err
 	}
+	var stage *store.Stage
+	var frozen time.Duration
+	freeze := func() error {
+		begin := time.Now()
+		err := cg.freeze(ctx)
+		if err == nil {
+			err = cg.leaveVfork(ctx)
+		}
+		if err != nil {
+			return fmt.Errorf("freeze: %w", err)
+		}
+		frozen = time.Since(begin)
+		return nil
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, rollBack(cg, stage))
+		}
+	}()
+	if reboot {
+		if err := freeze(); err != nil {
+			return nil, err
+		}
+	}
 	release, err := acquireSlot(ctx, s.config.RuntimeDir, s.config.DumpSlots)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
+	if reboot {
+		// Those that had the slots before may have filled the disk.
+		if err := s.preflight(st, cg); err != nil {
+			return nil, err
+		}
+	}
 	m := s.newManifest(c)
 	if m.Lost, err = s.execs(ctx, c); err != nil {
 		return nil, err
 	}
-	stage, err := st.Stage(ctx, m.ID)
-	if err != nil {
+	if stage, err = st.Stage(ctx, m.ID); err != nil {
 		return nil, err
 	}
 	if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
-		return nil, errors.Join(err, stage.Abort())
+		return nil, err
 	}
-	begin := time.Now()
-	if err = cg.freeze(ctx); err == nil {
-		err = cg.leaveVfork(ctx)
-	}
-	if err == nil {
-		m.Timings.FreezeMicros = time.Since(begin).Microseconds()
-		if err = s.fill(ctx, c, stage, m); err == nil {
-			err = stage.Commit(ctx, m)
+	if !reboot {
+		if err := freeze(); err != nil {
+			return nil, err
 		}
-	} else {
-		err = fmt.Errorf("freeze: %w", err)
 	}
-	if err == nil {
-		return m, nil
+	m.Timings.FreezeMicros = frozen.Microseconds()
+	if err := s.fill(ctx, c, stage, m); err != nil {
+		return nil, err
 	}
-	return nil, errors.Join(err, rollBack(cg, stage))
+	if err := stage.Commit(ctx, m); err != nil {
+		return nil, err
+	}
+	return m, nil
 }
 
 // rollBack thaws, whatever the state in which the failure left the container,
-// and removes the stage.
-func rollBack(cg *cgroup, stage *store.Stage) error {
+// and removes the stage, where there is one.
+func rollBack(cg group, stage *store.Stage) error {
+	if stage == nil {
+		return thaw(cg)
+	}
 	// A CRIU that outlived its runc would freeze the container again at its
 	// own end (criu/seize.c, freezer_restore_state).
 	endProcessesIn(stage.Dir())
+	return errors.Join(thaw(cg), stage.Abort())
+}
+
+// thaw tries several times: thawing twice is harmless, missing one is not.
+func thaw(cg group) error {
 	var err error
-	for range 3 { // thawing twice is harmless, missing one is not
+	for range 3 {
 		if err = cg.thaw(); err == nil || errors.Is(err, os.ErrNotExist) {
-			err = nil
-			break
+			return nil
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	if err != nil {
-		err = fmt.Errorf("thaw: %w", err)
-	}
-	return errors.Join(err, stage.Abort())
+	return fmt.Errorf("thaw: %w", err)
 }
 
 // endProcessesIn kills what still works in the directory and waits, within a
@@ -283,7 +345,7 @@ func processesIn(dir string) (pids []int) {
 }
 
 // preflight refuses what can be known to fail before anything is frozen.
-func (s *service) preflight(st *store.Store, cg *cgroup) error {
+func (s *service) preflight(st *store.Store, cg group) error {
 	need, err := cg.memoryBytes()
 	if err != nil {
 		return fmt.Errorf("memory in use: %w", err)

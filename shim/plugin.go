@@ -24,11 +24,14 @@ func init() {
 				return nil, err
 			}
 			publisher := &publisher{Publisher: pp.(shim.Publisher)}
-			inner, err := task.NewTaskService(ic.Context, publisher, ss.(shutdown.Service))
+			sd := ss.(shutdown.Service)
+			inner, err := task.NewTaskService(ic.Context, publisher, sd)
 			if err != nil {
 				return nil, err
 			}
-			return newService(ic.Context, inner, publisher, DefaultConfig()), nil
+			s := newService(ic.Context, inner, publisher, DefaultConfig())
+			sd.RegisterCallback(s.killPrepared)
+			return s, nil
 		},
 	})
 }

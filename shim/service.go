@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
@@ -37,6 +38,7 @@ type service struct {
 	publisher *publisher
 	oom       func() *oomWatcher
 	openStore func() (*store.Store, error)
+	findGroup func(pid int, id string) (group, error)
 
 	mu         sync.Mutex
 	containers map[string]*container // guarded by mu
@@ -55,6 +57,7 @@ func newService(ctx context.Context, inner taskAPI.TTRPCTaskService, p *publishe
 		// Each time anew: what is wrong with the store today may be repaired
 		// long before the pod ends.
 		openStore:  func() (*store.Store, error) { return store.Open(fsys.OS{}, config.Root) },
+		findGroup:  func(pid int, id string) (group, error) { return loadCgroup(pid, id) },
 		containers: make(map[string]*container),
 	}
 }
@@ -62,6 +65,7 @@ func newService(ctx context.Context, inner taskAPI.TTRPCTaskService, p *publishe
 // RegisterTTRPC implements shim.TTRPCService.
 func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
 	taskAPI.RegisterTTRPCTaskService(server, s)
+	control.Register(server, s)
 	return nil
 }
 
@@ -95,7 +99,7 @@ func (s *service) free(ctx context.Context, id string) (*container, error) {
 		return nil, err
 	}
 	if op, _ := c.occupied(); op != "" {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: %s in progress, try again: %w", id, op, errdefs.ErrUnavailable))
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: %w", id, busyError(op)))
 	}
 	return c, nil
 }
@@ -205,7 +209,10 @@ func (s *service) Start(ctx context.Context, r *taskAPI.StartRequest) (*taskAPI.
 		log.G(ctx).WithError(err).Debug("no cgroup after start")
 	}
 	c.mu.Lock()
-	c.startedAt, c.cgroup = time.Now(), cg
+	c.startedAt, c.pid = time.Now(), int(resp.Pid)
+	if cg != nil {
+		c.cgroup = cg
+	}
 	restored := c.restoredFrom != nil
 	c.mu.Unlock()
 	if restored && cg != nil {
@@ -278,7 +285,7 @@ func (s *service) Stats(ctx context.Context, r *taskAPI.StatsRequest) (*taskAPI.
 	if err != nil {
 		return nil, err
 	}
-	var cg *cgroup
+	var cg group
 	if c != nil {
 		c.mu.Lock()
 		if c.restoredFrom != nil {
@@ -301,7 +308,7 @@ func (s *service) Stats(ctx context.Context, r *taskAPI.StatsRequest) (*taskAPI.
 }
 
 // busyCgroup returns the cgroup when an operation holds the container.
-func (c *container) busyCgroup() *cgroup {
+func (c *container) busyCgroup() group {
 	if c == nil {
 		return nil
 	}
@@ -370,17 +377,34 @@ func (s *service) Kill(ctx context.Context, r *taskAPI.KillRequest) (*emptypb.Em
 		return s.TTRPCTaskService.Kill(ctx, r)
 	case unix.SIGKILL:
 		s.abortDump(ctx, c)
+		if c.turn(opPrepared, opDump) {
+			return empty, s.killFrozen(ctx, c)
+		}
 		if p := c.takeRestore(); p != nil {
 			return s.killUnstarted(ctx, c, p, r)
 		}
 		return s.TTRPCTaskService.Kill(ctx, r)
 	}
-	if err := c.waitCheckpoint(ctx); err != nil {
-		return nil, err
-	}
-	job, first := s.beginDump(ctx, c, r)
-	if job == nil {
+	if !c.optedIn {
 		return s.TTRPCTaskService.Kill(ctx, r)
+	}
+	var job *dumpJob
+	var first bool
+	for {
+		// A signal that is delivered meanwhile would be dumped with the
+		// container, or would stop it without a dump.
+		if err := c.waitWhile(ctx, opCheckpoint, opPreparing, opAborting); err != nil {
+			return nil, err
+		}
+		if c.turn(opPrepared, opDump) {
+			return empty, s.killFrozen(ctx, c)
+		}
+		if job, first = s.beginDump(ctx, c, r); job != nil {
+			break
+		}
+		if c.beginStopping() {
+			return s.TTRPCTaskService.Kill(ctx, r)
+		}
 	}
 	if !first {
 		// The stop is under way already; a dump that fails delivers its signal.
@@ -417,7 +441,10 @@ func (s *service) Checkpoint(ctx context.Context, r *taskAPI.CheckpointTaskReque
 	}
 	c.mu.Lock()
 	if c.cgroup == nil && state.Pid > 0 {
-		c.cgroup, err = loadCgroup(int(state.Pid), c.id)
+		var cg group
+		if cg, err = s.findGroup(int(state.Pid), c.id); err == nil {
+			c.cgroup = cg
+		}
 	}
 	c.mu.Unlock()
 	if err != nil {
@@ -500,6 +527,8 @@ func (s *service) event(ctx context.Context, c *container, e event.Event) {
 		l.Info("container dumped")
 	case event.Restored:
 		l.Info("container restored")
+	case event.Removed:
+		l.WithField("reason", e.Reason).Info("checkpoint removed")
 	default:
 		l.WithField("reason", e.Reason).Warn("stasis did not act")
 	}
@@ -512,7 +541,7 @@ func (s *service) event(ctx context.Context, c *container, e event.Event) {
 // reasonCode maps an error to one of the codes of package event.
 func reasonCode(err error) string {
 	switch {
-	case errors.Is(err, errAborted):
+	case errors.Is(err, errAborted), errors.Is(err, errCalledOff):
 		return "aborted"
 	case errors.Is(err, checkpoint.ErrCorrupt):
 		return "corrupt"
