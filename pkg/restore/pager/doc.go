@@ -15,8 +15,6 @@
 //   - No copy is under way while an event (fork, mremap, munmap, madvise) is
 //     read. Reading it lets the task go on, which may put something else where
 //     the copy was going; before that, the kernel refuses copies with EAGAIN.
-//   - The images are mapped, and never touched by a Go instruction: the kernel
-//     answers with EFAULT where they cannot be read, instead of a signal.
 //   - Nothing runs once Wait has returned; every wait ends with the context or a
 //     deadline of [Options].
 //

@@ -29,6 +29,13 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, beDumped(v))
 		os.Exit(3)
 	}
+	if v := os.Getenv(separate); v != "" {
+		if err := beSeparate(v); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(3)
+		}
+		os.Exit(0)
+	}
 	os.Exit(m.Run())
 }
 
@@ -54,6 +61,15 @@ func beDumped(v string) error {
 	}
 	unix.Madvise(b[:len(b)/2], unix.MADV_HUGEPAGE) // where there are such pages
 	m := &memory{b: b}
+	if m.wiped, err = unix.Mmap(-1, 0, wipedSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS); err != nil {
+		return err
+	}
+	if err := unix.Madvise(m.wiped, unix.MADV_WIPEONFORK); err != nil {
+		return err
+	}
+	for i := range m.wiped {
+		m.wiped[i] = 1
+	}
 	for off := 0; off < len(b); off += pageSize {
 		m.write(off, off)
 	}
@@ -88,7 +104,12 @@ func beDumped(v string) error {
 }
 
 // memory is pages of which each holds its own number in all of its words.
-type memory struct{ b []byte }
+type memory struct {
+	b     []byte
+	wiped []byte // a child of fork finds zeroes there, instead of ones
+}
+
+const wipedSize = 16 * pageSize
 
 func (m *memory) write(off, page int) {
 	for i := 0; i < pageSize; i += 8 {
@@ -203,6 +224,21 @@ func (m *memory) obey(command string) error {
 			}
 			return m.check(off+area/2, area/2, off)
 		})
+	case "drop":
+		// Each area to a new place, where half of it is unmapped.
+		return m.areas(func(off int) error {
+			to, err := unix.MmapPtr(-1, 0, nil, area, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+			if err != nil {
+				return err
+			}
+			if err := remap(unsafe.Pointer(&m.b[off]), area, to); err != nil {
+				return err
+			}
+			if err := unix.MunmapPtr(to, area/2); err != nil {
+				return err
+			}
+			return checkAt(unsafe.Add(to, area/2), area/2, off+area/2)
+		})
 	case "protect":
 		// Splits mappings, with no word to the pager.
 		return m.areas(func(off int) error {
@@ -245,6 +281,12 @@ func (m *memory) fork() error {
 				break
 			}
 		}
+		for i := range m.wiped {
+			if m.wiped[i] != 0 {
+				code = 2
+				break
+			}
+		}
 		unix.RawSyscall(unix.SYS_EXIT_GROUP, code, 0, 0)
 	}
 	runtime.UnlockOSThread()
@@ -255,6 +297,11 @@ func (m *memory) fork() error {
 	}
 	if ws != 0 {
 		return fmt.Errorf("child of fork: status %#x", ws)
+	}
+	for i, b := range m.wiped {
+		if b != 1 {
+			return fmt.Errorf("memory that is wiped on fork, %d: %d", i, b)
+		}
 	}
 	return err
 }

@@ -25,7 +25,8 @@ type Options struct {
 	// WorkDir is the directory in which CRIU works: runc's --work-path, or
 	// CRIU's own. CRIU looks for the socket there.
 	WorkDir string
-	// Threads copy in bulk; default one for each CPU, four at most.
+	// Threads copy in bulk. The default leaves one CPU to the tasks and to those
+	// who answer their faults: one thread is nearly as fast as memory allows.
 	Threads int
 	// RestoreTimeout bounds the time from the start to CRIU's message that the
 	// restore is done; default two minutes.
@@ -33,9 +34,9 @@ type Options struct {
 	// StallTimeout bounds the time in which nothing is filled though something
 	// is to be; default 30 s.
 	StallTimeout time.Duration
-	// Keep is called with every userfaultfd before anything is read from it, so
-	// that somebody else can hold it, too. See [Keeper].
-	Keep func(uffd int) error
+	// Keeper has another process hold every userfaultfd, before anything is read
+	// from it and until its memory is full; nil for none.
+	Keeper *Keeper
 
 	pause time.Duration // between the pieces of the bulk; for tests
 }
@@ -69,12 +70,12 @@ var ErrNotRestored = errors.New("CRIU has not finished the restore")
 type Pager struct {
 	opt   Options
 	mem   *criu.LazyMemory
-	total uint64            // bytes of it
-	src   map[uint32][]byte // mapped pages by pid
+	total uint64 // bytes of it
 	start time.Time
 
-	epoll, wake int             // descriptors
-	ending      context.Context // done when the pager ends
+	epoll, wake int              // descriptors
+	faultBuf    [aroundSize]byte // of the server
+	ending      context.Context  // done when the pager ends
 	stop        context.CancelFunc
 	restored    chan struct{} // closed at CRIU's last message
 	done        chan struct{} // closed when nothing runs any more
@@ -104,7 +105,8 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 		return nil, fmt.Errorf("pager: pages of %d bytes: %w", os.Getpagesize(), errdefs.ErrNotImplemented)
 	}
 	if opt.Threads <= 0 {
-		opt.Threads = min(runtime.NumCPU(), 4)
+		opt.Threads = max(min(runtime.NumCPU(), runtime.GOMAXPROCS(0))-1, 1)
+		opt.Threads = min(opt.Threads, 4)
 	}
 	if opt.RestoreTimeout <= 0 {
 		opt.RestoreTimeout = 2 * time.Minute
@@ -114,7 +116,7 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	}
 	p := &Pager{
 		opt: opt, start: time.Now(), epoll: -1, wake: -1,
-		src: map[uint32][]byte{}, spaces: map[int]*space{},
+		spaces:   map[int]*space{},
 		restored: make(chan struct{}), done: make(chan struct{}),
 	}
 	p.cond.L = &p.mu
@@ -130,12 +132,8 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	}
 	p.total = p.mem.Bytes()
 	for _, t := range p.mem.Tasks {
-		if t.Pages == nil {
-			continue
-		}
-		unix.Fadvise(int(t.Pages.Fd()), 0, 0, unix.FADV_WILLNEED) // a hint
-		if p.src[t.PID], err = unix.Mmap(int(t.Pages.Fd()), 0, int(t.PagesSize), unix.PROT_READ, unix.MAP_SHARED); err != nil {
-			return nil, fmt.Errorf("map %s: %w", t.Pages.Name(), err)
+		if t.Pages != nil {
+			unix.Fadvise(int(t.Pages.Fd()), 0, 0, unix.FADV_WILLNEED) // a hint
 		}
 	}
 	if p.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
@@ -228,10 +226,6 @@ func (p *Pager) release() error {
 			*fd = -1
 		}
 	}
-	for pid, b := range p.src {
-		errs = append(errs, unix.Munmap(b))
-		delete(p.src, pid)
-	}
 	if p.mem != nil {
 		errs = append(errs, p.mem.Close())
 		p.mem = nil
@@ -319,8 +313,8 @@ func (p *Pager) add(s *space) error {
 	if !isUffd(s.fd) {
 		return fmt.Errorf("process %d: descriptor is not a userfaultfd", s.pid)
 	}
-	if p.opt.Keep != nil {
-		if err := p.opt.Keep(s.fd); err != nil {
+	if p.opt.Keeper != nil {
+		if err := p.opt.Keeper.hold(s.fd); err != nil {
 			return fmt.Errorf("process %d: keep userfaultfd: %w", s.pid, err)
 		}
 	}
@@ -346,6 +340,10 @@ func (p *Pager) setReady() {
 
 // serve answers faults and follows events.
 func (p *Pager) serve() {
+	// On a thread of its own, which ends with it: somebody waits for each fault,
+	// and nobody for the bulk.
+	runtime.LockOSThread()
+	unix.Setpriority(unix.PRIO_PROCESS, 0, -10) // refused by some sandboxes: then it competes
 	const idle = 100 * time.Millisecond
 	timeout := idle
 	looked, progress := uint64(0), time.Now()
@@ -460,6 +458,12 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 	delete(p.spaces, s.fd)
 	fd := s.fd
 	s.fd = -1
+	if p.opt.Keeper != nil {
+		if err := p.opt.Keeper.release(fd); err != nil {
+			p.held = append(p.held, fd)
+			return false, fmt.Errorf("process %d: release userfaultfd: %w", s.pid, err)
+		}
+	}
 	if err := unix.Close(fd); err != nil {
 		return false, fmt.Errorf("process %d: close userfaultfd: %w", s.pid, err)
 	}
@@ -468,16 +472,13 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 
 // fillBulk copies whatever is to be copied, until the end.
 func (p *Pager) fillBulk() {
-	// A thread of its own that yields to the tasks and to the server. It ends
-	// with the goroutine, as it is not unlocked.
-	runtime.LockOSThread()
-	unix.Setpriority(unix.PRIO_PROCESS, 0, 10) // without it, it is only less fair
+	buf := make([]byte, chunkSize)
 	for {
 		s := p.nextSpace()
 		if s == nil {
 			return
 		}
-		err := s.bulk()
+		err := s.bulk(buf)
 		switch {
 		case err == nil:
 		case errors.Is(err, errChanging):

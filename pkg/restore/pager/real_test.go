@@ -2,7 +2,9 @@ package pager
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -144,4 +146,221 @@ func TestRealRestore(t *testing.T) {
 	if left, err := filepath.Glob(filepath.Join(p.opt.WorkDir, "*.socket")); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}
+}
+
+// TestRealStress changes memory in all ways while it is being filled.
+func TestRealStress(t *testing.T) {
+	tm := dump(t, 64<<20, 1)
+	for _, command := range []string{"verify", "remove", "unmap", "remap", "drop", "protect", "fork"} {
+		t.Run(command, func(t *testing.T) {
+			p := tm.restore(t, Options{pause: 4 * time.Millisecond}) // half a second in all
+			if err := ask(t, tm.addresses[0], command); err != nil {
+				t.Errorf("%v; %+v", err, p.Stats())
+			}
+			s := p.Stats()
+			waitFull(t, p)
+			t.Logf("%+v", p.Stats())
+			if s.Faults < 64 {
+				t.Errorf("%d faults: nothing was missing any more", s.Faults)
+			}
+			if quiet := command == "verify" || command == "protect"; quiet != (s.Events < 4) {
+				t.Errorf("%d events", s.Events)
+			}
+		})
+	}
+}
+
+// hang asks for all memory, which must not come: neither right nor wrong. It
+// returns when the process has been killed.
+func hang(t *testing.T, tm *template) {
+	t.Helper()
+	answer := make(chan error, 1)
+	go func() { answer <- ask(t, tm.addresses[0], "verify") }()
+	select {
+	case err := <-answer:
+		t.Errorf("answer from a process without its memory: %v", err)
+	case <-time.After(500 * time.Millisecond):
+	}
+	tm.kill(t)
+	if err := <-answer; err == nil || strings.Contains(err.Error(), "page at") {
+		t.Errorf("answer: %v", err)
+	}
+}
+
+// TestRealLost loses the images in the middle: nobody reads zeroes instead, and
+// the owner is told at once.
+func TestRealLost(t *testing.T) {
+	tm := dump(t, 64<<20, 1)
+	p := tm.restore(t, Options{pause: 20 * time.Millisecond})
+	pages, err := filepath.Glob(filepath.Join(tm.images, "pages-*.img"))
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("%v, %v", pages, err)
+	}
+	for _, name := range pages {
+		if err := os.Truncate(name, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if err := p.Wait(ctx); err == nil || errors.Is(err, ErrNotRestored) || ctx.Err() != nil {
+		t.Errorf("wait: %v", err)
+	}
+	hang(t, tm)
+}
+
+// TestRealCancelled ends the context in the middle.
+func TestRealCancelled(t *testing.T) {
+	tm := dump(t, 64<<20, 1)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	work := t.TempDir()
+	p, err := Start(ctx, Options{ImageDir: tm.images, WorkDir: work, pause: 20 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	run(t, work, tm.criuRestore(t, work, true))
+	why := errors.New("enough")
+	cancel(why)
+	if err := p.Wait(t.Context()); !errors.Is(err, why) || errors.Is(err, ErrNotRestored) {
+		t.Errorf("wait: %v", err)
+	}
+	hang(t, tm)
+}
+
+// TestRealAbandoned fails before CRIU has finished: then CRIU fails, too, and
+// leaves no process.
+func TestRealAbandoned(t *testing.T) {
+	tm := dump(t, 16<<20, 2)
+	ours, theirs := socketPair(t)
+	theirs.Close() // the first descriptor cannot be held
+	work := t.TempDir()
+	p, err := Start(t.Context(), Options{ImageDir: tm.images, WorkDir: work, Keeper: NewKeeper(ours)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	start := time.Now()
+	if err := tm.criuRestore(t, work, true).Run(); err == nil {
+		t.Error("CRIU restored without a pager")
+	}
+	if err := p.Wait(t.Context()); !errors.Is(err, ErrNotRestored) || !errors.Is(err, unix.EPIPE) {
+		t.Errorf("wait: %v", err)
+	}
+	if took := time.Since(start); took > 10*time.Second {
+		t.Errorf("took %v", took)
+	}
+	if err := unix.Kill(-tm.pid, 0); err == nil {
+		t.Error("a process is left")
+	}
+}
+
+func socketPair(t testing.TB) (a, b *net.UnixConn) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns [2]*net.UnixConn
+	for i, fd := range fds {
+		conns[i] = connOf(t, fd)
+	}
+	return conns[0], conns[1]
+}
+
+func connOf(t testing.TB, fd int) *net.UnixConn {
+	t.Helper()
+	f := os.NewFile(uintptr(fd), "socket")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c.(*net.UnixConn)
+}
+
+// TestRealKilled kills the pager's process in the middle, while another process
+// holds the descriptors; and lets it finish.
+func TestRealKilled(t *testing.T) {
+	tm := dump(t, 64<<20, 2)
+	for _, kill := range []bool{true, false} {
+		t.Run(fmt.Sprint(kill), func(t *testing.T) {
+			ours, theirs := socketPair(t)
+			f, err := theirs.File()
+			if err != nil {
+				t.Fatal(err)
+			}
+			theirs.Close()
+			work := t.TempDir()
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s", separate, tm.images, work))
+			cmd.ExtraFiles = []*os.File{f}
+			cmd.Stderr = os.Stderr
+			ready, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			f.Close()
+			held := Hold(ours)
+			t.Cleanup(func() {
+				cmd.Process.Kill()
+				cmd.Wait()
+				tm.kill(t)
+				if err := held.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+			if _, err := ready.Read(make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
+			run(t, work, tm.criuRestore(t, work, true))
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			defer cancel()
+			if !kill {
+				for _, a := range tm.addresses {
+					if err := ask(t, a, "fork"); err != nil {
+						t.Error(err)
+					}
+				}
+				if err := cmd.Wait(); err != nil {
+					t.Error(err)
+				}
+				if err := held.Wait(ctx); err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			if err := held.Wait(ctx); !errors.Is(err, ErrLost) {
+				t.Errorf("wait: %v", err)
+			}
+			hang(t, tm)
+		})
+	}
+}
+
+// separate is set, in the environment of a process that is to be a pager with
+// a keeper at descriptor 3, to its directories.
+const separate = "STASIS_TEST_SEPARATE_PAGER"
+
+func beSeparate(v string) error {
+	f := os.NewFile(3, "keeper")
+	c, err := net.FileConn(f)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	images, work, _ := strings.Cut(v, " ")
+	p, err := Start(context.Background(), Options{ImageDir: images, WorkDir: work, Keeper: NewKeeper(c.(*net.UnixConn)), pause: 4 * time.Millisecond})
+	if err != nil {
+		return err
+	}
+	fmt.Println("listening")
+	return errors.Join(p.Wait(context.Background()), p.Close(), c.Close())
 }

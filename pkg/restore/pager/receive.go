@@ -128,7 +128,7 @@ func (p *Pager) receiveAll(conn *net.UnixConn) error {
 		if len(fds) != 1 {
 			return fmt.Errorf("process %d: %d descriptors: %w", id, len(fds), errProtocol)
 		}
-		s := &space{p: p, pid: t.PID, fd: fds[0], src: p.src[t.PID]}
+		s := &space{p: p, pid: t.PID, fd: fds[0], src: t.Pages}
 		for _, r := range t.Runs {
 			s.spans = append(s.spans, span{addr: r.Addr, size: r.Size, off: r.Off, notInherited: r.NotInherited})
 		}
@@ -159,15 +159,7 @@ func (p *Pager) read(conn *net.UnixConn, n int) ([]byte, []int, error) {
 
 // hold keeps the descriptors of a control message.
 func (p *Pager) hold(oob []byte) (fds []int) {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil
-	}
-	for _, m := range messages {
-		if got, err := unix.ParseUnixRights(&m); err == nil {
-			fds = append(fds, got...)
-		}
-	}
+	fds = rights(oob)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.held = append(p.held, fds...)
