@@ -45,12 +45,11 @@ type container struct {
 	cgroup       group // nil before Start
 	// busy names the operation that holds the container, and perhaps the inner
 	// service's lock of it; while it is set, state answers for the inner service.
-	busy    string
-	state   *taskAPI.StateResponse
-	dump    *dumpJob // of a stop, the first and only one
-	prepare *dumpJob // of a preparation for a reboot, set while busy is one of its operations
-	// stopping: a signal was delivered without a dump.
-	stopping bool
+	busy      string
+	state     *taskAPI.StateResponse
+	dump      *dumpJob  // of a stop, the first and only one
+	prepare   *dumpJob  // of a preparation for a reboot, set while busy is one of its operations
+	signalled time.Time // when a signal was last delivered without a dump
 	// settled is closed while the inner service has the container; it is open
 	// during the exchange of a failed restore for a cold start.
 	settled chan struct{}
@@ -123,6 +122,11 @@ func (c *container) turn(from, to string) bool {
 	return true
 }
 
+// stopPeriod is how long a signal is taken for a stop that is under way, the
+// usual grace period. That a signal asked for something else, as SIGHUP often
+// does, cannot be told.
+const stopPeriod = 30 * time.Second
+
 // beginStopping is called before a signal is delivered without a dump. It
 // refuses while the container is or may be frozen for a reboot.
 func (c *container) beginStopping() bool {
@@ -132,7 +136,7 @@ func (c *container) beginStopping() bool {
 	case opPreparing, opPrepared, opAborting:
 		return false
 	}
-	c.stopping = true
+	c.signalled = time.Now()
 	return true
 }
 
@@ -150,7 +154,7 @@ func (c *container) preparableLocked() (*dumpJob, error) {
 		return c.prepare, nil
 	case c.busy != "":
 		return nil, busyError(c.busy)
-	case c.dump != nil || c.stopping:
+	case c.dump != nil, !c.signalled.IsZero() && time.Since(c.signalled) < stopPeriod:
 		return nil, fmt.Errorf("it is being stopped: %w", errdefs.ErrUnavailable)
 	case c.startedAt.IsZero():
 		return nil, fmt.Errorf("it was not started: %w", errdefs.ErrFailedPrecondition)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
@@ -32,7 +34,8 @@ import (
 //     whatever the policy is; after a failure it is what it would be anyway.
 //   - SIGKILL ends opPreparing as it ends any dump. After opPrepared it is
 //     like a stop signal.
-//   - A container that is being stopped cannot be prepared.
+//   - A container that is being dumped for a stop, or got a signal in the last
+//     stopPeriod, is refused: it ends by itself, or can be prepared later.
 var _ control.Server = (*service)(nil)
 
 // rebootReason is what the events of these dumps have as reason.
@@ -238,8 +241,9 @@ func (s *service) letGoOn(ctx context.Context, c *container, job *dumpJob) error
 // exit, and systemd would wait in vain for frozen processes to heed SIGTERM.
 func (s *service) killPrepared(ctx context.Context) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, c := range s.containers {
+	all := slices.Collect(maps.Values(s.containers))
+	s.mu.Unlock()
+	for _, c := range all {
 		if !c.turn(opPrepared, opDump) {
 			continue
 		}

@@ -32,7 +32,7 @@ type machine struct {
 
 	mu     sync.Mutex
 	frozen bool
-	// ran is how often the processes could run after having been frozen.
+	// ran is how often the processes could run after the last dump.
 	ran     int
 	dead    bool
 	signals []uint32
@@ -106,6 +106,7 @@ func (m *machine) Checkpoint(ctx context.Context, r *taskAPI.CheckpointTaskReque
 	if !m.frozen || m.dead {
 		return nil, errors.New("the container is not frozen, or dead")
 	}
+	m.ran = 0
 	return empty, nil
 }
 
@@ -532,6 +533,8 @@ func TestPrepareDuringStop(t *testing.T) {
 	if _, err := s.Prepare(t.Context(), "c"); !errdefs.IsUnavailable(err) {
 		t.Errorf("after its signal: %v", err)
 	}
+	s.lookup("c").signalled = time.Now().Add(-stopPeriod)
+	mustPrepare(t, s) // it was no stop
 }
 
 // TestPrepareCallerGone: the work goes on without the caller, who learns of it
@@ -614,7 +617,11 @@ func TestRebootRaces(t *testing.T) {
 			t.Fatal(err)
 		}
 		switch got := machineState(t, m, st); got {
-		case "running", "frozen committed", "dead", "dead committed":
+		case "running", "dead":
+		case "frozen committed", "dead committed":
+			if m.ran > 0 {
+				t.Errorf("round %d: it has run since the dump", i)
+			}
 		default:
 			t.Errorf("round %d: the container is %q", i, got)
 		}
