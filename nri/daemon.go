@@ -23,6 +23,7 @@ import (
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 
 	"github.com/stasis-containers/stasis/nri/eventlog"
@@ -42,6 +43,12 @@ type Config struct {
 	// the daemon is ready. What systemd orders after it, the kubelet, creates
 	// containers at once, and without the plugin they would be ordinary ones.
 	ReadyTimeout time.Duration
+	// InhibitShutdown holds up shutdowns of the node, by way of logind, until its
+	// containers are dumped and KubeletUnit is stopped. ContainerdState is
+	// containerd's state directory.
+	InhibitShutdown bool
+	KubeletUnit     string
+	ContainerdState string
 	// MaxLogBytes is the size at which the event log is rotated.
 	MaxLogBytes int64
 	Version     string
@@ -77,6 +84,10 @@ type Status struct {
 	Store     storeFigures `json:"store"`
 	HostFacts string       `json:"hostFacts"` // "ok", or why a restore is not possible
 	LastGC    *GCReport    `json:"lastGC,omitempty"`
+	// Reboot is how the containers fare that the node was prepared with, until
+	// the next preparation; RebootError says why nobody knows.
+	Reboot      *reboot.NodeReport `json:"reboot,omitempty"`
+	RebootError string             `json:"rebootError,omitempty"`
 }
 
 // GCReport is what one run of garbage collection did.
@@ -96,14 +107,18 @@ type server struct {
 	jobs    chan job
 	started time.Time
 
-	criuBinary criuFile // of Run, then of collect
-	mu         sync.Mutex
-	lastTick   time.Time    // guarded by mu, as what follows
-	figures    storeFigures // of figuresAt
-	figuresAt  time.Time
-	nextList   time.Time // not before
-	lastGC     *GCReport
-	hostFacts  string
+	criuBinary criuFile    // of Run, then of collect
+	reboot     rebootWatch // of loop
+
+	mu           sync.Mutex
+	lastTick     time.Time    // guarded by mu, as what follows
+	figures      storeFigures // of figuresAt
+	figuresAt    time.Time
+	nextList     time.Time // not before
+	lastGC       *GCReport
+	hostFacts    string
+	rebootReport *reboot.NodeReport // never changed, only replaced
+	rebootError  string
 }
 
 // Run is the daemon: it serves until ctx ends, then returns nil. It does not
@@ -123,6 +138,9 @@ func Run(ctx context.Context, config Config) (err error) {
 	}
 	defer unlock()
 	s := newServer(config, st)
+	if s.reboot.bootID, err = reboot.BootID(); err != nil {
+		return err
+	}
 	listeners, err := s.listen(ctx)
 	if err != nil {
 		return err
@@ -148,6 +166,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	g.Go(func() error { s.collect(ctx); return nil })
 	g.Go(func() error { s.watchdog(ctx); return nil })
 	g.Go(func() error { s.reportReady(ctx); return nil })
+	g.Go(func() error { s.guard(ctx); return nil })
 	log.G(ctx).WithFields(log.Fields{"version": config.Version, "root": config.Root, "runtime_dir": config.RuntimeDir}).Info("stasisd is up")
 	<-ctx.Done()
 	notify(ctx, daemon.SdNotifyStopping)
@@ -159,6 +178,7 @@ func Run(ctx context.Context, config Config) (err error) {
 func newServer(config Config, st *store.Store) *server {
 	m := newMetrics(config.Version)
 	s := &server{config: config, store: st, metrics: m, jobs: make(chan job, jobQueue), started: time.Now(), lastTick: time.Now(), hostFacts: "not known yet"}
+	s.reboot.root = config.Root
 	pods := newPods()
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "stasis", Name: "pods",
 		Help: "Pod sandboxes that the runtime told of."}, func() float64 { return float64(pods.count()) }))
@@ -314,7 +334,8 @@ func (s *server) tell(ctx context.Context, e event.Event) {
 	}
 }
 
-// loop turns the log into metrics, rotates it, and keeps the figures fresh.
+// loop turns the log into metrics and into the report of the last reboot, rotates
+// it, and keeps the figures fresh.
 func (s *server) loop(ctx context.Context, tail *eventlog.Tailer) {
 	tick := time.NewTicker(tickInterval)
 	defer tick.Stop()
@@ -323,8 +344,12 @@ func (s *server) loop(ctx context.Context, tail *eventlog.Tailer) {
 	for {
 		err := tail.Poll(func(e event.Event) {
 			s.metrics.observe(e)
+			s.reboot.observe(e)
 			stale = true
 		})
+		if s.followReboot(ctx) {
+			stale = true
+		}
 		s.metrics.skippedLine.Add(float64(tail.Skipped() - skipped))
 		skipped = tail.Skipped()
 		if err == nil {
@@ -375,6 +400,7 @@ func (s *server) refresh(ctx context.Context, stale bool) (done bool, err error)
 	if err != nil {
 		return false, err
 	}
+	s.reboot.list(records)
 	f := figures(records, free)
 	s.metrics.store(f)
 	s.mu.Lock()
@@ -490,7 +516,8 @@ func (s *server) status() Status {
 	defer s.mu.Unlock()
 	r := s.plugin.connectedTo()
 	return Status{Version: s.config.Version, StartedAt: s.started, Healthy: healthy, Runtime: r, Connected: r != "",
-		Pods: s.plugin.pods.count(), Root: s.config.Root, Store: s.figures, HostFacts: s.hostFacts, LastGC: s.lastGC}
+		Pods: s.plugin.pods.count(), Root: s.config.Root, Store: s.figures, HostFacts: s.hostFacts, LastGC: s.lastGC,
+		Reboot: s.rebootReport, RebootError: s.rebootError}
 }
 
 // reportReady tells systemd that the daemon is up when the runtime has accepted

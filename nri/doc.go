@@ -4,8 +4,9 @@
 //
 // Invariants:
 //
-//   - It never touches a process. Decisions travel as annotations in the OCI
-//     spec, everything else through the store.
+//   - It never touches a process of a container. Decisions travel as annotations
+//     in the OCI spec, everything else through the store. Only when the node goes
+//     down it asks the shims to dump, as the command does, see package reboot.
 //   - A request of the runtime is answered within [DecisionTimeout], whatever
 //     the disk does: the runtime has one budget of two seconds for all plugins
 //     and disconnects a plugin that is late. Lookups run aside and are given up

@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 )
 
@@ -21,7 +22,7 @@ type metrics struct {
 	dumpSeconds, restoreSeconds     prometheus.Histogram
 	frozenSeconds                   prometheus.Histogram
 	dumpBytes                       prometheus.Counter
-	checkpoints                     *prometheus.GaugeVec
+	checkpoints, rebooted           *prometheus.GaugeVec
 	storeBytes, freeBytes           prometheus.Gauge
 	connected                       prometheus.Gauge
 	requests                        *prometheus.HistogramVec
@@ -54,6 +55,8 @@ func newMetrics(version string) *metrics {
 		dumpBytes:      counter("dump_bytes_total", "Bytes of committed checkpoints.").WithLabelValues(),
 		checkpoints: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "stasis", Name: "checkpoints",
 			Help: "Checkpoints in the store, by state."}, []string{"state"}),
+		rebooted: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "stasis", Name: "reboot_containers",
+			Help: "Containers that the node was prepared with before its last reboot, by what became of them."}, []string{"state"}),
 		storeBytes: gauge("store_bytes", "Bytes of the checkpoints in the store."),
 		freeBytes:  gauge("store_free_bytes", "Free bytes of the store's file system."),
 		connected:  gauge("nri_connected", "1 while the runtime has accepted the plugin."),
@@ -67,12 +70,13 @@ func newMetrics(version string) *metrics {
 	build := prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "stasis", Name: "build_info", Help: "1, labelled with the version.",
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()}})
 	build.Set(1)
-	m.registry.MustRegister(m.dumps, m.restores, m.events, m.dumpSeconds, m.restoreSeconds, m.frozenSeconds, m.dumpBytes, m.checkpoints,
+	m.registry.MustRegister(m.dumps, m.restores, m.events, m.dumpSeconds, m.restoreSeconds, m.frozenSeconds, m.dumpBytes, m.checkpoints, m.rebooted,
 		m.storeBytes, m.freeBytes, m.connected, m.requests, m.gcRemoved, m.dropped, m.skippedLine, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	// So that a rate exists from the first one on.
 	m.dumps.WithLabelValues("ok", "")
 	m.restores.WithLabelValues("ok", "")
+	m.reboot(nil)
 	return m
 }
 
@@ -132,6 +136,18 @@ func (m *metrics) store(f storeFigures) {
 	}
 	m.storeBytes.Set(float64(f.Bytes))
 	m.freeBytes.Set(float64(f.FreeBytes))
+}
+
+// reboot takes the report of the last reboot; nil, and one of a node that has
+// not gone down yet, count nobody.
+func (m *metrics) reboot(r *reboot.NodeReport) {
+	for _, state := range reboot.States {
+		n := 0
+		if r != nil && r.Rebooted {
+			n = r.Counts[state]
+		}
+		m.rebooted.WithLabelValues(string(state)).Set(float64(n))
+	}
 }
 
 // request measures until the function that it returns is called.

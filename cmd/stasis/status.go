@@ -9,16 +9,18 @@ import (
 	"net/http"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/stasis-containers/stasis/nri"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 )
 
 // maxStatus bounds what is accepted as the daemon's answer.
-const maxStatus = 1 << 20
+const maxStatus = 32 << 20
 
 // daemonStatus asks the daemon about itself.
 func daemonStatus(ctx context.Context, runtimeDir string) (*nri.Status, error) {
@@ -51,7 +53,15 @@ func (c *cli) statusCommand() *cobra.Command {
 		Use:   "status",
 		Short: "Ask the daemon how it is",
 		Long: `status asks stasisd whether it is connected to containerd, how many pods it
-knows and what is in the store. It fails if stasisd does not answer.`,
+knows and what is in the store. It fails if stasisd does not answer.
+
+Once the node was prepared for a reboot it tells of each container, until the
+next preparation:
+  pending   its checkpoint waits for it
+  restored  it goes on
+  cold      it began anew, and why
+  expired   it did not come back while its checkpoint was kept
+  failed    it was not dumped, and why`,
 		Example: `  stasis status
   curl --unix-socket /run/stasis/stasisd.sock http://stasis/metrics`,
 		Args:              usage(cobra.NoArgs),
@@ -87,7 +97,44 @@ knows and what is in the store. It fails if stasisd does not answer.`,
 				}
 				t.row("Last gc:", last)
 			}
-			return t.flush()
+			if err := t.flush(); err != nil {
+				return err
+			}
+			return c.printReboot(s)
 		},
 	}
+}
+
+// printReboot tells of the last preparation for a reboot, if there was one.
+func (c *cli) printReboot(s *nri.Status) error {
+	if s.RebootError != "" {
+		_, err := fmt.Fprintf(c.out, "\nReboot: %s\n", clean(s.RebootError))
+		return err
+	}
+	r := s.Reboot
+	if r == nil {
+		return nil
+	}
+	what := "the node is prepared for a reboot, and has not gone down yet"
+	if r.Rebooted {
+		what = "the node has rebooted since"
+	}
+	fmt.Fprintf(c.out, "\nReboot: prepared %s ago under kernel %s; %s\n", age(r.PreparedAt), clean(r.Kernel), what)
+	var counts []string
+	for _, state := range reboot.States {
+		if n := r.Counts[state]; n > 0 {
+			counts = append(counts, fmt.Sprintf("%d %s", n, state))
+		}
+	}
+	if len(counts) > 0 {
+		fmt.Fprintln(c.out, "Containers:", strings.Join(counts, ", "))
+	}
+	if len(r.Containers) == 0 {
+		return nil
+	}
+	t := newTable(c.out, "CONTAINER", "POD", "STATE", "SIZE", "REASON")
+	for _, e := range r.Containers {
+		t.row(e.Name(), e.PodName, string(e.State), size(e.SizeBytes), e.Reason)
+	}
+	return t.flush()
 }

@@ -30,6 +30,10 @@ each begins from, removes old checkpoints, and serves metrics.
 It waits for containerd where that is absent or restarts. Containers that are
 created while stasisd is down are ordinary ones.
 
+After a reboot that the node was prepared for (stasis prepare-reboot) it reports
+which containers are restored, which are waited for, and which began cold. With
+--inhibit-shutdown it prepares the node itself when it is shut down.
+
 The socket in the runtime directory serves HTTP: /metrics, /healthz, /status.
 Under systemd it reports readiness and answers the watchdog.`,
 		Example: `  stasisd
@@ -65,6 +69,9 @@ Under systemd it reports readiness and answers the watchdog.`,
 	f.IntVar(&c.GC.KeepPerIdentity, "keep", 2, "remove all but this many checkpoints of one container; 0 for no limit")
 	f.DurationVar(&c.GCInterval, "gc-interval", 5*time.Minute, "time between two removals of old checkpoints")
 	f.DurationVar(&c.ReadyTimeout, "ready-timeout", 30*time.Second, "tell systemd that the daemon is ready after this long without containerd")
+	f.BoolVar(&c.InhibitShutdown, "inhibit-shutdown", false, "hold up a shutdown of the node, by way of systemd-logind, until its containers are dumped")
+	f.StringVar(&c.KubeletUnit, "kubelet-unit", "kubelet.service", "systemd unit of the kubelet, which is stopped before the containers are dumped at a shutdown")
+	f.StringVar(&c.ContainerdState, "containerd-state", "/run/containerd", "containerd's state directory")
 	f.StringVar(&c.MetricsAddress, "metrics-address", "", "TCP address to serve /metrics and /healthz on; empty for none")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
