@@ -160,6 +160,11 @@ func TestRealStress(t *testing.T) {
 			s := p.Stats()
 			waitFull(t, p)
 			t.Logf("%+v", p.Stats())
+			if command == "remove" { // nothing came back
+				if err := ask(t, tm.addresses[0], "removed"); err != nil {
+					t.Error(err)
+				}
+			}
 			if s.Faults < 64 {
 				t.Errorf("%d faults: nothing was missing any more", s.Faults)
 			}
