@@ -413,7 +413,7 @@ func TestVersionAndHelp(t *testing.T) {
 		t.Error(out)
 	}
 	help := s.must("--help")
-	for _, name := range []string{"ls", "inspect", "rm", "gc", "verify", "events", "doctor", "export", "import", "status", "version", "completion"} {
+	for _, name := range []string{"ls", "inspect", "rm", "gc", "verify", "events", "doctor", "export", "import", "status", "prepare-reboot", "version", "completion"} {
 		if !strings.Contains(help, "\n  "+name+" ") {
 			t.Errorf("no %s in\n%s", name, help)
 		}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,6 +23,7 @@ import (
 
 	"github.com/stasis-containers/stasis/nri"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
 )
 
 // level is the outcome of a check.
@@ -66,6 +68,9 @@ type doctor struct {
 	kernel       func() kernelFacts
 	status       func(context.Context) (*nri.Status, error)
 	freeBytes    func(path string) (free int64, tmpfs bool, err error)
+	unit         func(ctx context.Context, unit, kind, property string) (string, error) // see reboot.UnitProperty
+	logindDelay  func(context.Context) (time.Duration, error)
+	targets      func(context.Context) ([]reboot.Target, error)
 }
 
 // kernelFacts are what system calls say.
@@ -95,6 +100,16 @@ func (c *cli) newDoctor() *doctor {
 		kernel:    askKernel,
 		status:    func(ctx context.Context) (*nri.Status, error) { return daemonStatus(ctx, c.runtimeDir) },
 		freeBytes: freeBytes,
+		unit:      reboot.UnitProperty,
+		logindDelay: func(ctx context.Context) (time.Duration, error) {
+			l, err := reboot.OpenLogind(ctx)
+			if err != nil {
+				return 0, err
+			}
+			defer l.Close()
+			return l.MaxDelay(ctx)
+		},
+		targets: (&reboot.Node{ContainerdState: "/run/containerd"}).Look,
 	}
 }
 
@@ -105,9 +120,10 @@ func (c *cli) doctorCommand() *cobra.Command {
 		Use:   "doctor",
 		Short: "Check whether this node, and a container, are fit for checkpoints",
 		Long: `doctor checks CRIU, runc, the kernel, the configuration of containerd and the
-kubelet, the store, and the daemon. With --container it looks at a running
-container as well, for what cannot be dumped: io_uring, MPTCP sockets, devices,
-a shared pid namespace, ptrace, and more memory than the store has room for.
+kubelet, the store, the daemon, and what a reboot that keeps the containers'
+state needs. With --container it looks at a running container as well, for what
+cannot be dumped: io_uring, MPTCP sockets, devices, a shared pid namespace,
+ptrace, and more memory than the store has room for.
 
 Each line is ok, warn or fail, and says how to mend it. doctor changes nothing.
 It exits with 1 if any line is fail.`,
@@ -166,7 +182,7 @@ func (d *doctor) path(p string) string { return filepath.Join(d.fsRoot, p) }
 func (d *doctor) node(ctx context.Context) []finding {
 	var all []finding
 	for _, check := range []func(context.Context) []finding{
-		d.checkCRIU, d.checkRunc, d.checkKernel, d.checkContainerd, d.checkKubelet, d.checkStore, d.checkDaemon,
+		d.checkCRIU, d.checkRunc, d.checkKernel, d.checkContainerd, d.checkKubelet, d.checkStore, d.checkDaemon, d.checkReboot,
 	} {
 		all = append(all, check(ctx)...)
 	}
@@ -496,6 +512,72 @@ func (d *doctor) checkDaemon(ctx context.Context) []finding {
 	}
 	if len(fs) == 0 {
 		fs = append(fs, ok(name, "version %s, connected to %s", s.Version, s.Runtime))
+	}
+	return fs
+}
+
+const (
+	prepareUnit    = "stasis-prepare-reboot.service"
+	containerdUnit = "containerd.service"
+)
+
+// checkReboot looks at what dumps the containers when the node goes down.
+func (d *doctor) checkReboot(ctx context.Context) (fs []finding) {
+	const name = "reboot"
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	switch active, err := d.unit(ctx, prepareUnit, "Unit", "ActiveState"); {
+	case errors.Is(err, reboot.ErrNoSystemd):
+		fs = append(fs, ok(name, "no systemd: only stasis prepare-reboot keeps the containers' state"))
+	case err != nil:
+		fs = append(fs, bad(levelWarn, name, "see whether systemd answers", "%v", err))
+	default:
+		fs = append(fs, d.checkUnits(ctx, active)...)
+	}
+	targets, err := d.targets(ctx)
+	if err != nil {
+		return append(fs, bad(levelWarn, name, "run containerd, as root", "containers: %v", err))
+	}
+	var unfit []string
+	for _, t := range targets {
+		if t.Err != nil {
+			unfit = append(unfit, fmt.Sprintf("%s: %v", t.ID, t.Err))
+		}
+	}
+	if len(unfit) > 0 {
+		return append(fs, bad(levelWarn, name, "create the pods again; stasis prepare-reboot --dry-run says more", "%d of %d opted-in containers cannot be dumped: %s",
+			len(unfit), len(targets), strings.Join(unfit, "; ")))
+	}
+	return append(fs, ok(name, "%d opted-in containers", len(targets)))
+}
+
+// checkUnits looks at a node that systemd runs; active is the state of our unit.
+func (d *doctor) checkUnits(ctx context.Context, active string) (fs []finding) {
+	const name = "reboot"
+	enabled, err := d.unit(ctx, prepareUnit, "Unit", "UnitFileState")
+	if err != nil || active != "active" || enabled != "enabled" {
+		fs = append(fs, bad(levelWarn, name, "systemctl enable --now "+prepareUnit,
+			"%s is %s and %s: a shutdown kills what stasisd has not dumped by then", prepareUnit, active, cmp.Or(enabled, "not installed")))
+	} else {
+		fs = append(fs, ok(name, "%s is active", prepareUnit))
+	}
+	switch mode, err := d.unit(ctx, containerdUnit, "Service", "KillMode"); {
+	case err != nil:
+		fs = append(fs, bad(levelWarn, name, "give the unit of containerd KillMode=process", "%v", err))
+	case mode != "process" && mode != "none":
+		fs = append(fs, bad(levelFail, name, "set KillMode=process in "+containerdUnit+", as containerd's own unit has it",
+			"%s has KillMode=%s: its stop kills shims, and so all containers", containerdUnit, mode))
+	default:
+		fs = append(fs, ok(name, "%s has KillMode=%s", containerdUnit, mode))
+	}
+	const raise = "put contrib/systemd/logind-stasis.conf into /etc/systemd/logind.conf.d and restart systemd-logind"
+	switch delay, err := d.logindDelay(ctx); {
+	case err != nil:
+		fs = append(fs, bad(levelWarn, name, "run systemd-logind and its bus; without them only "+prepareUnit+" dumps", "%v", err))
+	case delay < reboot.MinDelay:
+		fs = append(fs, bad(levelWarn, name, raise, "logind holds up a shutdown for %v only", delay))
+	default:
+		fs = append(fs, ok(name, "logind holds up a shutdown for %v", delay))
 	}
 	return fs
 }

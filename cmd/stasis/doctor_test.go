@@ -11,11 +11,13 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-containers/stasis/nri"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
 )
 
 const goodConfig = `version = 3
@@ -72,6 +74,27 @@ func healthyNode(t *testing.T) *doctor {
 			return &nri.Status{Version: "v1", Healthy: true, Connected: true, Runtime: "containerd v2.4.2", HostFacts: "ok"}, nil
 		},
 		freeBytes: func(string) (int64, bool, error) { return 100 << 30, false, nil },
+		unit: func(_ context.Context, unit, kind, property string) (string, error) {
+			return map[string]string{
+				"stasis-prepare-reboot.service Unit ActiveState": "active", "stasis-prepare-reboot.service Unit UnitFileState": "enabled",
+				"containerd.service Service KillMode": "process",
+			}[unit+" "+kind+" "+property], nil
+		},
+		logindDelay: func(context.Context) (time.Duration, error) { return time.Minute, nil },
+		targets:     func(context.Context) ([]reboot.Target, error) { return make([]reboot.Target, 2), nil },
+	}
+}
+
+// unit makes systemd say something else of one property.
+func unit(property, value string, err error) func(*testing.T, *doctor) {
+	return func(_ *testing.T, d *doctor) {
+		inner := d.unit
+		d.unit = func(ctx context.Context, unit, kind, name string) (string, error) {
+			if name == property {
+				return value, err
+			}
+			return inner(ctx, unit, kind, name)
+		}
 	}
 }
 
@@ -152,6 +175,27 @@ func TestDoctorNode(t *testing.T) {
 		"daemon without a runtime": {func(_ *testing.T, d *doctor) {
 			d.status = func(context.Context) (*nri.Status, error) { return &nri.Status{Healthy: true, HostFacts: "ok"}, nil }
 		}, "fail stasisd: not connected"},
+		"no systemd":        {unit("ActiveState", "", fmt.Errorf("x: %w", reboot.ErrNoSystemd)), ""},
+		"systemd is silent": {unit("ActiveState", "", errors.New("no answer")), "warn reboot: no answer"},
+		"unit not active":   {unit("ActiveState", "inactive", nil), "warn reboot: inactive"},
+		"unit not enabled":  {unit("UnitFileState", "disabled", nil), "warn reboot: disabled"},
+		"no unit":           {unit("UnitFileState", "", nil), "warn reboot: not installed"},
+		"kill mode":         {unit("KillMode", "control-group", nil), "fail reboot: KillMode=control-group"},
+		"kill mode unknown": {unit("KillMode", "", errors.New("no answer")), "warn reboot: no answer"},
+		"short delay": {func(_ *testing.T, d *doctor) {
+			d.logindDelay = func(context.Context) (time.Duration, error) { return 5 * time.Second, nil }
+		}, "warn reboot: for 5s only"},
+		"no logind": {func(_ *testing.T, d *doctor) {
+			d.logindDelay = func(context.Context) (time.Duration, error) { return 0, errors.New("no bus") }
+		}, "warn reboot: no bus"},
+		"old shim": {func(_ *testing.T, d *doctor) {
+			d.targets = func(context.Context) ([]reboot.Target, error) {
+				return []reboot.Target{{}, {Container: reboot.Container{ID: "4f5a", Err: errors.New("its shim is older")}}}, nil
+			}
+		}, "warn reboot: 1 of 2 opted-in containers cannot be dumped: 4f5a: its shim is older"},
+		"no bundles": {func(_ *testing.T, d *doctor) {
+			d.targets = func(context.Context) ([]reboot.Target, error) { return nil, os.ErrNotExist }
+		}, "warn reboot: containers"},
 		"daemon without facts": {func(_ *testing.T, d *doctor) {
 			d.status = func(context.Context) (*nri.Status, error) {
 				return &nri.Status{Healthy: true, Connected: true, HostFacts: "no criu"}, nil

@@ -28,7 +28,8 @@ type Kubelet interface {
 // ErrKubelet: a kubelet runs, or nobody can tell whether it does.
 var ErrKubelet = errors.New("the kubelet must not run")
 
-var errNoSystemd = errors.New("systemd does not run this node")
+// ErrNoSystemd: the node has another init.
+var ErrNoSystemd = errors.New("systemd does not run this node")
 
 // HostKubelet is this node's kubelet as a systemd unit and, whatever starts it,
 // as a process of that name.
@@ -39,8 +40,8 @@ type hostKubelet struct{ unit, proc string }
 func (k *hostKubelet) Unit() string { return k.unit }
 
 func (k *hostKubelet) Running(ctx context.Context) (string, error) {
-	switch state, err := unitState(ctx, k.unit); {
-	case errors.Is(err, errNoSystemd):
+	switch state, err := UnitProperty(ctx, k.unit, "Unit", "ActiveState"); {
+	case errors.Is(err, ErrNoSystemd):
 	case err != nil:
 		return "", err
 	case state != "inactive" && state != "failed":
@@ -113,7 +114,7 @@ func (k *hostKubelet) Start(ctx context.Context) error {
 // is not yet or no more, or else on the bus.
 func withSystemd(ctx context.Context, talk func(*dbus.Conn) error) error {
 	if !util.IsRunningSystemd() {
-		return errNoSystemd
+		return ErrNoSystemd
 	}
 	ctx, cancel := context.WithCancel(ctx) // ends the connection as well
 	defer cancel()
@@ -129,13 +130,13 @@ func withSystemd(ctx context.Context, talk func(*dbus.Conn) error) error {
 }
 
 func activeState(ctx context.Context, c *dbus.Conn, unit string) (string, error) {
-	return unitProperty(ctx, c, unit, "ActiveState")
+	return property(ctx, c, unit, "Unit", "ActiveState")
 }
 
-func unitProperty(ctx context.Context, c *dbus.Conn, unit, name string) (string, error) {
-	p, err := c.GetUnitPropertyContext(ctx, unit, name)
+func property(ctx context.Context, c *dbus.Conn, unit, kind, name string) (string, error) {
+	p, err := c.GetUnitTypePropertyContext(ctx, unit, kind, name)
 	if err != nil {
-		return "", fmt.Errorf("%s: %w", unit, err)
+		return "", fmt.Errorf("%s: %s: %w", unit, name, err)
 	}
 	s, ok := p.Value.Value().(string)
 	if !ok {
@@ -144,11 +145,12 @@ func unitProperty(ctx context.Context, c *dbus.Conn, unit, name string) (string,
 	return s, nil
 }
 
-// unitState is the unit's ActiveState; "inactive" where there is no such unit.
-func unitState(ctx context.Context, unit string) (state string, err error) {
+// UnitProperty is a text that systemd knows of a unit, of kind "Unit" or
+// "Service". It fails with [ErrNoSystemd] where there is none.
+func UnitProperty(ctx context.Context, unit, kind, name string) (value string, err error) {
 	err = withSystemd(ctx, func(c *dbus.Conn) error {
-		state, err = activeState(ctx, c, unit)
+		value, err = property(ctx, c, unit, kind, name)
 		return err
 	})
-	return state, err
+	return value, err
 }
