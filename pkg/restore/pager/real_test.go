@@ -2,18 +2,21 @@ package pager
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-containers/stasis/internal/testenv"
@@ -368,4 +371,97 @@ func beSeparate(v string) error {
 	}
 	fmt.Println("listening")
 	return errors.Join(p.Wait(context.Background()), p.Close(), c.Close())
+}
+
+// TestRealRunc restores a container. runc has CRIU read a configuration file
+// after its request, and the option for lazy pages comes from there: it is
+// empty at the dump, where the option would mean something else.
+func TestRealRunc(t *testing.T) {
+	testenv.Need(t, testenv.CRIU, testenv.Runc)
+	bundle, out := t.TempDir(), t.TempDir()
+	root, images, work := filepath.Join(bundle, "rootfs"), filepath.Join(bundle, "images"), filepath.Join(bundle, "work")
+	config := filepath.Join(bundle, "criu.conf")
+	for _, dir := range []string{root, images, work} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	program, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(root, "program"), program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	runc := func(args ...string) {
+		t.Helper()
+		log := filepath.Join(out, args[0]+".log")
+		cmd := exec.Command("runc", append([]string{"--log", log}, args...)...)
+		cmd.Dir = bundle
+		if err := cmd.Run(); err != nil { // the container has runc's output
+			b, _ := os.ReadFile(log)
+			t.Fatalf("%v: %v\n%s\n%s", cmd.Args, err, b, logOf(work))
+		}
+	}
+	runc("spec")
+	editSpec(t, filepath.Join(bundle, "config.json"), func(s *specs.Spec) {
+		s.Process.Args = []string{"/program"}
+		s.Process.Env = []string{fmt.Sprintf("%s=%d 1 /out/address", dumpee, 64<<20)}
+		s.Process.Terminal = false
+		s.Root.Readonly = false
+		s.Annotations = map[string]string{"org.criu.config": config}
+		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/out", Type: "bind", Source: out, Options: []string{"bind"}})
+		s.Linux.Namespaces = slices.DeleteFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.NetworkNamespace })
+	})
+	writeConfig := func(o criu.ConfigOptions) {
+		t.Helper()
+		if err := os.WriteFile(config, []byte(criu.Config(o)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	id := fmt.Sprintf("pager-%d", os.Getpid())
+	t.Cleanup(func() { exec.Command("runc", "delete", "--force", id).Run() })
+	runc("run", "--detach", id)
+	var address []byte
+	for end := time.Now().Add(30 * time.Second); len(address) == 0; time.Sleep(time.Millisecond) {
+		address, _ = os.ReadFile(filepath.Join(out, "address"))
+		if time.Now().After(end) {
+			t.Fatal("the program does not listen")
+		}
+	}
+	writeConfig(criu.DumpOptions(checkpoint.TCPClose))
+	runc("checkpoint", "--image-path", images, "--work-path", work, id)
+
+	writeConfig(criu.RestoreOptions(checkpoint.TCPClose, true))
+	p, err := Start(t.Context(), Options{ImageDir: images, WorkDir: work})
+	if err != nil {
+		t.Fatal(err)
+	}
+	runc("restore", "--detach", "--image-path", images, "--work-path", work, id)
+	err = ask(t, string(address), "verify")
+	waitFull(t, p)
+	s := p.Stats()
+	t.Logf("%+v", s)
+	if cerr := p.Close(); err != nil || cerr != nil || s.CopiedBytes < 64<<20 {
+		t.Errorf("%v, %v, %+v", err, cerr, s)
+	}
+}
+
+func editSpec(t *testing.T, name string, f func(*specs.Spec)) {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := new(specs.Spec)
+	if err := json.Unmarshal(b, s); err != nil {
+		t.Fatal(err)
+	}
+	f(s)
+	if b, err = json.Marshal(s); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
