@@ -260,7 +260,7 @@ func TestStatusOfReboot(t *testing.T) {
 		"never":    {nri.Status{}, nil},
 		"unread":   {nri.Status{RebootError: "corrupt\x1b"}, []string{"Reboot: corrupt?"}},
 		"nobody":   {nri.Status{Reboot: &reboot.NodeReport{Rebooted: true, Kernel: "6.12"}}, []string{"rebooted since", "6.12"}},
-		"prepared": {nri.Status{Reboot: &reboot.NodeReport{}}, []string{"not gone down yet"}},
+		"prepared": {nri.Status{Reboot: &reboot.NodeReport{}}, []string{"not rebooted since"}},
 		"rebooted": {nri.Status{Reboot: &reboot.NodeReport{Rebooted: true, Counts: map[reboot.State]int{reboot.Cold: 1, reboot.Restored: 2},
 			Containers: []reboot.Report{{Entry: reboot.Entry{ContainerID: "4f5a", PodName: "db", Reason: "of the dump"}, State: reboot.Cold, Reason: "cpu flag"}}}},
 			[]string{"2 restored, 1 cold", "4f5a", "db", "cold", "cpu flag"}},

@@ -115,7 +115,7 @@ func (c *cli) printReboot(s *nri.Status) error {
 	if r == nil {
 		return nil
 	}
-	what := "the node is prepared for a reboot, and has not gone down yet"
+	what := "the node has not rebooted since"
 	if r.Rebooted {
 		what = "the node has rebooted since"
 	}

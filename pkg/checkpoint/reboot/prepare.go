@@ -1,6 +1,7 @@
 package reboot
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -184,6 +186,7 @@ func (n *Node) Prepare(ctx context.Context, o Options) (*Manifest, error) {
 	}
 	m.Containers = n.dumpAll(work, ctx, st, targets, o)
 	m.keep(ctx, st, old)
+	slices.SortStableFunc(m.Containers, func(a, b Entry) int { return cmp.Compare(a.Name(), b.Name()) })
 	m.PreparedAt = time.Now().UTC()
 	if err := save(fsys.OS{}, n.Root, m); err != nil {
 		return m, err
