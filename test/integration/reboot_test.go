@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -73,7 +74,7 @@ func (c *ctr) wantState(want control.State) control.Status {
 // lastCount is the newest count in the log of a container that does not run.
 func (c *ctr) lastCount() int {
 	c.p.n.t.Helper()
-	time.Sleep(100 * time.Millisecond) // what was in the pipe
+	time.Sleep(time.Duration(slow) * 100 * time.Millisecond) // what was in the pipe
 	ns, _ := counts(c.log())
 	if len(ns) == 0 {
 		c.p.n.t.Fatal("an empty log")
@@ -261,6 +262,77 @@ func TestPrepareShimDies(t *testing.T) {
 			p.start("c", "busybox", shell(": "+marker+"; "+counting)).wantFirst(at + 1)
 		})
 	}
+}
+
+// TestPrepareKill9 kills the shim at random moments while a container is being
+// prepared or called off. The container is dead afterwards, and its successor
+// goes on from where it stood or starts cold without a record: a record never
+// outlives the going on of its container.
+func TestPrepareKill9(t *testing.T) {
+	n := newNode(t)
+	outcome := map[string]int{}
+	for i := range 16 {
+		if t.Failed() {
+			break
+		}
+		key := uniqueKey(t)
+		marker := "marker-" + key
+		annotations := annotate(key, checkpoint.AnnotationPolicy, "reboot")
+		p := n.runPod(key, annotations)
+		c := p.start("c", "busybox", shell(": "+marker+"; "+counting))
+		c.waitCount(3)
+		shim, ctx := c.shim(), n.ctx()
+		var wg sync.WaitGroup
+		if i%2 == 1 {
+			c.prepare()
+			time.Sleep(100 * time.Millisecond)
+		}
+		wg.Go(func() {
+			if i%2 == 0 {
+				shim.Prepare(ctx, c.id) // may fail, as its server may die
+			} else {
+				shim.Abort(ctx, c.id)
+			}
+		})
+		within := 1500 / (1 + 4*(i%2)) // an abort is quicker
+		time.Sleep(time.Duration(rand.IntN(within)*int(slow)) * time.Millisecond)
+		for _, pid := range shimPIDs(p.id) {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+		wg.Wait()
+		c.wantKilled(255)
+		eventually(t, "end of the processes", func() error {
+			if m := copies(marker); m != 0 {
+				return fmt.Errorf("%d are left", m)
+			}
+			return nil
+		})
+		high := c.lastCount()
+		p.removeEventually()
+		there := len(records(t, key))
+		p = n.runPod(key, annotations)
+		c = p.start("c", "busybox", shell(": "+marker+"; "+counting))
+		c.waitCount(0)
+		ns, _ := counts(c.log())
+		switch {
+		case there == 0 && ns[0] == 1:
+			outcome["cold"]++
+		case there == 1 && ns[0] > high && ns[0] <= high+3: // a line or two may have died with the shim
+			outcome["restored"]++
+		default:
+			t.Errorf("%d records; the log ended at %d, the next begins with %d; events: %+v", there, high, ns[0], events(t, key))
+		}
+		if rs := records(t, key); len(rs) != 0 {
+			t.Errorf("it runs, and there is %v", rs)
+		}
+		c.stop(0)
+		p.remove()
+	}
+	t.Logf("%v", outcome)
+	if outcome["cold"] == 0 || outcome["restored"] == 0 {
+		t.Error("the faults hit only one side")
+	}
+	assertNothingFrozen(t)
 }
 
 // TestPrepareContainerdRestarts: containerd finds a prepared container again as
