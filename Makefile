@@ -45,6 +45,10 @@ test: ## Run everything: unit, crash, CRIU, node, critest, kubelet (root)
 test-vm: node build ## Run the demo and the main tests in a VM: Debian's kernel, cgroup v2 (root; an hour)
 	test/vm/test
 
+.PHONY: test-reboot
+test-reboot: node ## Reboot a node in a VM from one kernel into another; its pods go on (root; half an hour)
+	test/reboot/run -test.run '$(or $(RUN),.)'
+
 .PHONY: node
 node: ## Make the test node's root file system, tools and images, unless cached (root)
 	test/node/prepare
