@@ -22,10 +22,11 @@ build: ## Build the shim, the daemon and the CLI into bin/
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(COMMANDS:%=./cmd/%)
 
 .PHONY: install
-install: build ## Install binaries and systemd units below PREFIX (root)
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/systemd/system
+install: build ## Install binaries below PREFIX, systemd units and logind's setting (root)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/systemd/system $(DESTDIR)/etc/systemd/logind.conf.d
 	install -m 0755 $(COMMANDS:%=bin/%) $(DESTDIR)$(PREFIX)/bin/
 	install -m 0644 contrib/systemd/*.service $(DESTDIR)/etc/systemd/system/
+	install -m 0644 contrib/systemd/logind-stasis.conf $(DESTDIR)/etc/systemd/logind.conf.d/stasis.conf
 
 .PHONY: check
 check: ## Format, vet, layering and the fast tests; no root needed (under two minutes)
