@@ -50,6 +50,10 @@ test-vm: node build ## Run the demo and the main tests in a VM: Debian's kernel,
 test-reboot: node ## Reboot a node in a VM from one kernel into another; its pods go on (root; half an hour)
 	test/reboot/run -test.run '$(or $(RUN),.)'
 
+.PHONY: bench-reboot
+bench-reboot: node ## Measure a node's dump, restores and return in a VM; writes out/reboot/bench-reboot.json (root)
+	STASIS_TAGS=bench test/reboot/run -test.run '^TestBench$$'
+
 .PHONY: node
 node: ## Make the test node's root file system, tools and images, unless cached (root)
 	test/node/prepare

@@ -284,7 +284,7 @@ func (n *node) await(what string, limit time.Duration, ok func(state) error) sta
 	var s state
 	var err error
 	said := ""
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(2 * time.Second) {
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(5 * time.Second) {
 		select {
 		case <-n.done:
 			n.t.Fatalf("%s: the machine went off; its console:\n%s", what, n.tail())

@@ -17,6 +17,7 @@ const (
 	bootLimit = 5 * time.Minute
 	podsLimit = 15 * time.Minute
 	offLimit  = 10 * time.Minute
+	lookLimit = 2 * time.Minute
 )
 
 // remember waits until all pods answer and go on, tells each something that it
@@ -84,6 +85,13 @@ func (n *node) goneOn(kernel string, before state, seen int) {
 			other[key] = append(other[key], fmt.Sprintf("%s: %s", e.Type, e.Reason))
 		}
 	}
+	status := map[string]string{} // what the operator is told
+	for _, line := range strings.Split(n.must(lookLimit, `stasis status -o json | jq -r '.reboot.containers[] | .podName + "/" + .identity.container + " " + .state + " " + .stateReason'`), "\n") {
+		if name, is, ok := strings.Cut(line, " "); ok {
+			status[strings.Replace(name, "-node/", "/", 1)] = strings.TrimSpace(is)
+		}
+	}
+	n.log("%s", n.must(lookLimit, "stasis status"))
 	failed := false
 	for _, w := range n.pods {
 		for _, c := range w.containers {
@@ -110,6 +118,8 @@ func (n *node) goneOn(kernel string, before state, seen int) {
 				case w.cold:
 				case restored[key] != 1:
 					t.Errorf("restored %d times", restored[key])
+				case status[key] != "restored":
+					t.Errorf("stasis status calls it %q", status[key])
 				case c.counts && w.key == "" && first != last+1:
 					t.Errorf("it begins with %d, it had come to %d", first, last)
 				default:
