@@ -277,7 +277,8 @@ func (m *machine) dial(ctx context.Context, address string) (net.Conn, error) {
 	}
 	if !bytes.HasPrefix(head, []byte("HTTP/1.1 200")) {
 		c.Close()
-		return nil, fmt.Errorf("connecting to %s: %s", address, bytes.TrimSpace(head))
+		status, _, _ := bytes.Cut(head, []byte("\r\n"))
+		return nil, fmt.Errorf("connecting to %s: %s", address, status)
 	}
 	return c, nil
 }

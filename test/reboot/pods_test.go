@@ -76,37 +76,55 @@ func counter(name string) container {
 	return container{name: name, image: "busybox", command: []string{"sh", "-c", "n=0; " + tick}, counts: true}
 }
 
-const threads = `
-import json, threading, time, uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-instance, counters, told = str(uuid.uuid4()), [0] * 4, {}
+// serve is an HTTP server in so few modules that an emulated processor has
+// compiled them in seconds. It answers with what facts returns, and keeps the
+// body of a PUT in told.
+const serve = `
+import _socket, _thread, os, time
+told = [""]
+def serve(facts):
+    listener = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
+    listener.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+    listener.bind(("", 8080))
+    listener.listen(16)
+    while True:
+        c = _socket.socket(fileno=listener._accept()[0])
+        try:
+            c.settimeout(20)
+            request = b""
+            while b"\r\n\r\n" not in request:
+                more = c.recv(4096)
+                if not more: break
+                request += more
+            head, _, body = request.partition(b"\r\n\r\n")
+            if head.startswith(b"PUT"):
+                length = int(head.lower().partition(b"content-length:")[2].split()[0])
+                while len(body) < length: body += c.recv(4096)
+                told[0] = body.decode()
+            answer = facts().encode()
+            c.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
+        except OSError: pass
+        c.close()
+def line(kind, name, value): return "%s %s=%s\n" % (kind, name, value)
+instance = os.urandom(8).hex()
+`
+
+const threads = serve + `
+counters = [0] * 4
 def count(i):
     while True:
         counters[i] += 1
         time.sleep(1)
-class Handler(BaseHTTPRequestHandler):
-    def answer(self, body):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body.encode())
-    def do_GET(self):
-        self.answer(json.dumps({"same": {"instance": instance, "told": told.get("token", "")},
-            "grows": {"thread %d" % i: n for i, n in enumerate(counters)}}))
-    def do_PUT(self):
-        told["token"] = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.answer("stored")
-for i in range(len(counters)):
-    threading.Thread(target=count, args=(i,), daemon=True).start()
-ThreadingHTTPServer(("", 8080), Handler).serve_forever()
+def facts():
+    return line("same", "instance", instance) + line("same", "told", told[0]) + "".join(line("grows", "thread %d" % i, n) for i, n in enumerate(counters))
+for i in range(len(counters)): _thread.start_new_thread(count, (i,))
+serve(facts)
 `
 
 // clocks watches the clocks that a kernel counts from its boot: whether one
 // goes back, whether timers and sleeps end.
-const clocks = `
-import json, os, threading, time, uuid
-from http.server import BaseHTTPRequestHandler, HTTPServer
-instance, back, longest = str(uuid.uuid4()), {"monotonic": 0, "boottime": 0}, {}
+const clocks = serve + `
+back, longest = {"monotonic": 0, "boottime": 0}, {"monotonic": 0, "boottime": 0}
 grows = {"timerfd": 0, "sleeps": 0, "long sleeps": 0}
 ids = {"monotonic": time.CLOCK_MONOTONIC, "boottime": time.CLOCK_BOOTTIME}
 def watch():
@@ -115,30 +133,24 @@ def watch():
         for k, i in ids.items():
             now = time.clock_gettime(i)
             back[k] += now < last[k]
-            longest[k] = max(longest.get(k, 0), now - last[k])
+            longest[k] = max(longest[k], now - last[k])
             last[k] = now
         grows["sleeps"] += 1
         time.sleep(1)
 def timer():
     fd = os.timerfd_create(time.CLOCK_BOOTTIME)
     os.timerfd_settime(fd, initial=1, interval=1)
-    while True:
-        grows["timerfd"] += int.from_bytes(os.read(fd, 8), "little")
+    while True: grows["timerfd"] += int.from_bytes(os.read(fd, 8), "little")
 def long_sleep():
     while True:
         time.sleep(45)
         grows["long sleeps"] += 1
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = json.dumps({"same": {"instance": instance, "went back": json.dumps(back)}, "longest": longest,
-            "grows": dict(grows, **{k: int(1000 * time.clock_gettime(i)) for k, i in ids.items()})}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-for f in watch, timer, long_sleep:
-    threading.Thread(target=f, daemon=True).start()
-HTTPServer(("", 8080), Handler).serve_forever()
+def facts():
+    return (line("same", "instance", instance) + "".join(line("same", k + " went back", n) for k, n in back.items())
+        + "".join(line("grows", k, n) for k, n in grows.items()) + "".join(line("longest", k, n) for k, n in longest.items())
+        + "".join(line("grows", k, int(1000 * time.clock_gettime(i))) for k, i in ids.items()))
+for f in watch, timer, long_sleep: _thread.start_new_thread(f, ())
+serve(facts)
 `
 
 const nginxConf = `user www-data; worker_processes 2; pid /run/nginx.pid; error_log /dev/stderr;
@@ -162,9 +174,9 @@ func kinds() []workload {
 		{name: "java", policy: "reboot", containers: []container{{name: "java", image: "java", command: []string{"/opt/java/bin/java",
 			"-Xshare:auto", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xmx64m", "-Dwarm.megabytes=16", "-cp", "/opt/java/classes", "Warm"}}},
 			ask: askJava, tell: put("http://%s:8080/token")},
-		{name: "threads", policy: "reboot", containers: []container{{name: "python", image: "python", command: []string{"python3", "-c", threads}}},
+		{name: "threads", policy: "reboot", containers: []container{{name: "python", image: "python", command: []string{"python3", "-I", "-S", "-c", threads}}},
 			ask: askPython, tell: put("http://%s:8080/")},
-		{name: "clocks", policy: "reboot", containers: []container{{name: "python", image: "python", command: []string{"python3", "-c", clocks}}}, ask: askPython},
+		{name: "clocks", policy: "reboot", containers: []container{{name: "python", image: "python", command: []string{"python3", "-I", "-S", "-c", clocks}}}, ask: askPython},
 		{name: "pair", policy: "reboot", containers: []container{
 			{name: "writer", image: "busybox", counts: true, more: sharedMount,
 				command: []string{"sh", "-c", `n=0; while :; do n=$((n+1)); echo $n >/shared/n; echo "count $n"; sleep 3; done`}},
@@ -252,17 +264,27 @@ func put(url string) func(ctx context.Context, n *node, ip, token string) error 
 	}
 }
 
-func askPython(ctx context.Context, n *node, ip string) (f facts, err error) {
+func askPython(ctx context.Context, n *node, ip string) (facts, error) {
+	f := facts{map[string]string{}, map[string]int64{}}
 	body, _, err := n.get(ctx, "http://"+ip+":8080/")
 	if err != nil {
 		return f, err
 	}
-	var got struct {
-		Same  map[string]string `json:"same"`
-		Grows map[string]int64  `json:"grows"`
+	for _, line := range strings.Split(body, "\n") {
+		kind, line, _ := strings.Cut(line, " ")
+		name, value, _ := strings.Cut(line, "=")
+		switch kind {
+		case "same":
+			f.same[name] = value
+		case "grows":
+			if f.grows[name], err = strconv.ParseInt(value, 10, 64); err != nil {
+				return f, err
+			}
+		case "longest":
+			n.log("clocks: the longest step of %s was %s s", name, value)
+		}
 	}
-	err = json.Unmarshal([]byte(body), &got)
-	return facts{got.Same, got.Grows}, err
+	return f, nil
 }
 
 func askJava(ctx context.Context, n *node, ip string) (f facts, err error) {
