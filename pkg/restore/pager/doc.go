@@ -29,9 +29,10 @@
 // restore_root_task, out_kill_network_unlocked). Before it, tasks only fault,
 // in CRIU's restorer.
 //
-// What the kernel's interface does not tell (fs/userfaultfd.c): events are
-// queued after the address space has changed, so those of two threads may come
-// in the wrong order. Where memory seems to be unmapped that was moved there
-// before, the pager gives up rather than to guess, should it turn out to be
-// still there.
+// Events of two threads may come in the wrong order (fs/userfaultfd.c queues
+// them after the change and without its lock): memory that was unmapped is told
+// to be so after other memory has been moved to its place. The pager keeps apart
+// what can be in the wrong order, see space. It cannot know the order where
+// memory that never had content is moved away, and memory with content is moved
+// to its place by another thread within the same microseconds.
 package pager

@@ -169,6 +169,14 @@ func (m *memory) obey(command string) error {
 	switch word {
 	case "touch": // one page
 		return m.check(len(m.b)/2, pageSize, len(m.b)/2)
+	case "some": // pages here and there, as a request needs them
+		for range 32 {
+			off := rand.IntN(len(m.b)/pageSize) * pageSize
+			if err := m.check(off, pageSize, off); err != nil {
+				return err
+			}
+		}
+		return nil
 	case "verify":
 		return m.areas(verify)
 	case "remove":
@@ -308,16 +316,34 @@ func (m *memory) fork() error {
 // ask sends a command to a dumped or restored process and returns its error.
 func ask(t testing.TB, address, command string) error {
 	t.Helper()
-	c, err := net.DialTimeout("tcp4", address, 5*time.Second)
+	c, err := connect(address)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
+	return c.ask(command)
+}
+
+// client is a connection to a dumped or restored process.
+type client struct {
+	net.Conn
+	answers *bufio.Reader
+}
+
+func connect(address string) (*client, error) {
+	c, err := net.DialTimeout("tcp4", address, 5*time.Second)
+	if err != nil {
+		return nil, err
+	}
 	c.SetDeadline(time.Now().Add(2 * time.Minute))
+	return &client{c, bufio.NewReader(c)}, nil
+}
+
+func (c *client) ask(command string) error {
 	if _, err := fmt.Fprintln(c, command); err != nil {
 		return err
 	}
-	answer, err := bufio.NewReader(c).ReadString('\n')
+	answer, err := c.answers.ReadString('\n')
 	if err != nil {
 		return err
 	}

@@ -25,8 +25,9 @@ type Options struct {
 	// WorkDir is the directory in which CRIU works: runc's --work-path, or
 	// CRIU's own. CRIU looks for the socket there.
 	WorkDir string
-	// Threads copy in bulk. The default leaves one CPU to the tasks and to those
-	// who answer their faults: one thread is nearly as fast as memory allows.
+	// Threads copy in bulk; the first of them answers faults, too. The default
+	// leaves half of the CPUs to the tasks, and is four at most: one or two are
+	// nearly as fast as memory allows.
 	Threads int
 	// RestoreTimeout bounds the time from the start to CRIU's message that the
 	// restore is done; default two minutes.
@@ -84,6 +85,7 @@ type Pager struct {
 	copied, looked, zeroed, faults, events atomic.Uint64
 	lastFault                              atomic.Int64 // Unix time, ns
 	restoredAt, filledAt                   atomic.Int64 // ns after start
+	bulkAt                                 atomic.Int64 // likewise, of the last piece if there are pauses
 
 	mu    sync.Mutex
 	cond  sync.Cond // spaces, more work, or the end
@@ -105,8 +107,7 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 		return nil, fmt.Errorf("pager: pages of %d bytes: %w", os.Getpagesize(), errdefs.ErrNotImplemented)
 	}
 	if opt.Threads <= 0 {
-		opt.Threads = max(min(runtime.NumCPU(), runtime.GOMAXPROCS(0))-1, 1)
-		opt.Threads = min(opt.Threads, 4)
+		opt.Threads = min(max(runtime.NumCPU()/2, 1), 4)
 	}
 	if opt.RestoreTimeout <= 0 {
 		opt.RestoreTimeout = 2 * time.Minute
@@ -149,11 +150,11 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p.running.Add(2 + opt.Threads)
+	p.running.Add(1 + opt.Threads)
 	go func() { defer p.running.Done(); p.receive(l, remove) }()
 	go func() { defer p.running.Done(); p.serve() }()
-	for range opt.Threads {
-		go func() { defer p.running.Done(); p.fillBulk() }()
+	for range opt.Threads - 1 {
+		go func() { defer p.running.Done(); p.help() }()
 	}
 	unhook := context.AfterFunc(ctx, func() { p.end(context.Cause(ctx)) })
 	go func() {
@@ -338,55 +339,60 @@ func (p *Pager) setReady() {
 	p.wakeServer()
 }
 
-// serve answers faults and follows events.
+// serve answers faults, follows events, and copies in bulk while there are
+// none: one thread that does both is there at once when a fault comes, where
+// one that sleeps would first have to be given a processor, and the lock.
 func (p *Pager) serve() {
-	// On a thread of its own, which ends with it: somebody waits for each fault,
-	// and nobody for the bulk.
+	// On a thread of its own, which ends with it.
 	runtime.LockOSThread()
-	unix.Setpriority(unix.PRIO_PROCESS, 0, -10) // refused by some sandboxes: then it competes
-	const idle = 100 * time.Millisecond
-	timeout := idle
+	unix.Setpriority(unix.PRIO_PROCESS, 0, serverNice) // refused by some sandboxes: then it competes
+	buf := make([]byte, chunkSize)
 	looked, progress := uint64(0), time.Now()
-	var events [64]unix.EpollEvent
-	for {
-		n, err := unix.EpollWait(p.epoll, events[:], int(timeout.Milliseconds()))
-		if err != nil && !errors.Is(err, unix.EINTR) {
-			p.end(fmt.Errorf("epoll: %w", err))
+	for wait := idleWait; ; {
+		due, err := p.poll(wait)
+		if err != nil {
+			p.end(err)
 			return
 		}
 		p.mu.Lock()
 		ended, ready := p.ended, p.ready
-		var due []*space
-		for _, e := range events[:max(n, 0)] {
-			if int(e.Fd) == p.wake {
-				var b [8]byte
-				unix.Read(p.wake, b[:])
-			} else if s := p.spaces[int(e.Fd)]; s != nil {
-				due = append(due, s)
-			}
-		}
 		p.mu.Unlock()
 		if ended {
 			return
 		}
+		deferred := false
 		for _, s := range due {
 			if err := p.serveSpace(s); err != nil {
 				p.end(err)
 				return
 			}
+			deferred = deferred || len(s.deferred) > 0
 		}
-		left, deferred, err := p.finishFull(ready)
-		if err != nil {
-			p.end(err)
-			return
+		wait = 0
+		more := len(due) > 0
+		if ready && !more {
+			if more, err = p.bulk(buf); errors.Is(err, errChanging) {
+				wait = retryWait // for the event that tells what it is
+			} else if err != nil {
+				p.end(err)
+				return
+			}
 		}
-		if ready && left == 0 {
-			p.end(nil)
-			return
-		}
-		timeout = idle
-		if deferred {
-			timeout = time.Millisecond
+		if !more || deferred {
+			left, deferred, err := p.finishFull(ready)
+			if err != nil {
+				p.end(err)
+				return
+			}
+			if ready && left == 0 {
+				p.end(nil)
+				return
+			}
+			if deferred {
+				wait = retryWait
+			} else if !more {
+				wait = idleWait
+			}
 		}
 		if now := p.looked.Load(); now != looked || !ready {
 			looked, progress = now, time.Now()
@@ -395,6 +401,66 @@ func (p *Pager) serve() {
 			return
 		}
 	}
+}
+
+const (
+	serverNice = -10
+	idleWait   = 100 * time.Millisecond
+	retryWait  = time.Millisecond
+)
+
+// poll returns the spaces that have something to say.
+func (p *Pager) poll(wait time.Duration) (due []*space, err error) {
+	var events [64]unix.EpollEvent
+	n, err := unix.EpollWait(p.epoll, events[:], int(wait.Milliseconds()))
+	if err != nil && !errors.Is(err, unix.EINTR) {
+		return nil, fmt.Errorf("epoll: %w", err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, e := range events[:max(n, 0)] {
+		if int(e.Fd) == p.wake {
+			var b [8]byte
+			unix.Read(p.wake, b[:])
+		} else if s := p.spaces[int(e.Fd)]; s != nil {
+			due = append(due, s)
+		}
+	}
+	return due, nil
+}
+
+// bulk copies one piece. It returns false when it looked for one in vain, or
+// has copied the last one of a process: then something may be full.
+func (p *Pager) bulk(buf []byte) (more bool, err error) {
+	p.mu.Lock()
+	s := p.unfilled()
+	p.mu.Unlock()
+	if s == nil {
+		return false, nil
+	}
+	if last := p.bulkAt.Load(); p.opt.pause > 0 {
+		if now := int64(time.Since(p.start)); now-last < int64(p.opt.pause) || !p.bulkAt.CompareAndSwap(last, now) {
+			return true, errChanging
+		}
+	}
+	if err = s.bulk(buf); errors.Is(err, errExited) {
+		s.setGone()
+		err = nil
+	}
+	idle, _ := s.idle()
+	return !idle, err
+}
+
+// unfilled is a space with something to do, or nil. The caller holds mu.
+func (p *Pager) unfilled() *space {
+	if p.ready {
+		for _, s := range p.spaces {
+			if idle, _ := s.idle(); !idle {
+				return s
+			}
+		}
+	}
+	return nil
 }
 
 // serveSpace serves a space and takes charge of its children.
@@ -445,13 +511,8 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 	s.rw.Lock()
 	defer s.rw.Unlock()
 	idle, gone := s.idle()
-	if !gone && (!idle || !ready || len(s.deferred) > 0) {
+	if !gone && (!idle || !ready || len(s.deferred) > 0 || len(s.displaced) > 0) {
 		return false, nil
-	}
-	if !gone {
-		if err := s.settle(); err != nil {
-			return false, err
-		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -470,49 +531,33 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 	return true, nil
 }
 
-// fillBulk copies whatever is to be copied, until the end.
-func (p *Pager) fillBulk() {
+// help copies in bulk beside the server, until the end.
+func (p *Pager) help() {
 	buf := make([]byte, chunkSize)
-	for {
-		s := p.nextSpace()
-		if s == nil {
-			return
-		}
-		err := s.bulk(buf)
-		switch {
-		case err == nil:
-		case errors.Is(err, errChanging):
-			time.Sleep(50 * time.Microsecond) // the server reads what it is
-		case errors.Is(err, errExited):
-			s.setGone()
-		default:
+	for p.waitUnfilled() {
+		more, err := p.bulk(buf)
+		if errors.Is(err, errChanging) {
+			time.Sleep(retryWait) // the server reads what it is
+		} else if err != nil {
 			p.end(err)
-			return
 		}
-		if idle, _ := s.idle(); idle {
+		if !more {
 			p.mu.Lock()
 			p.wakeServer()
 			p.mu.Unlock()
 		}
-		if p.opt.pause > 0 {
-			time.Sleep(p.opt.pause)
-		}
 	}
 }
 
-// nextSpace waits for a space with something to do; nil at the end.
-func (p *Pager) nextSpace() *space {
+// waitUnfilled waits for something to do; false at the end.
+func (p *Pager) waitUnfilled() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for !p.ended {
-		if p.ready {
-			for _, s := range p.spaces {
-				if idle, _ := s.idle(); !idle {
-					return s
-				}
-			}
+		if p.unfilled() != nil {
+			return true
 		}
 		p.cond.Wait()
 	}
-	return nil
+	return false
 }

@@ -128,7 +128,7 @@ func (p *Pager) receiveAll(conn *net.UnixConn) error {
 		if len(fds) != 1 {
 			return fmt.Errorf("process %d: %d descriptors: %w", id, len(fds), errProtocol)
 		}
-		s := &space{p: p, pid: t.PID, fd: fds[0], src: t.Pages}
+		s := &space{p: p, pid: t.PID, fd: fds[0], src: t.Pages, epoch: 1}
 		for _, r := range t.Runs {
 			s.spans = append(s.spans, span{addr: r.Addr, size: r.Size, off: r.Off, notInherited: r.NotInherited})
 		}

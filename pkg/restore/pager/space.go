@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,7 +15,7 @@ import (
 
 const (
 	chunkSize     = 512 << 10 // of the bulk
-	busyChunkSize = 128 << 10 // of the bulk, while there are faults: they wait for it
+	busyChunkSize = 64 << 10  // of the bulk, while there are faults: they wait for it
 	busyTime      = 10 * time.Millisecond
 	aroundSize    = 64 << 10 // filled at a fault, from its page on
 	maxMessages   = 64       // read at once
@@ -38,17 +39,28 @@ type space struct {
 	// rw orders copies, which hold it for reading, and the reading of events.
 	rw sync.RWMutex
 	// spans is where missing pages have their content, by address. It changes
-	// with events only, not with the filling. Owned by the server.
+	// with events only, not with the filling. Written by the server, with rw.
 	spans []span
-	// doubt is what was unmapped after it had been moved: if it is still there,
-	// the two events came in the wrong order. Owned by the server.
-	doubt []span
 	// deferred are addresses of faults to be looked at again. Owned by the server.
 	deferred []uint64
 
 	mu   sync.Mutex
 	todo []span // what the bulk has not yet looked at, in its order
 	gone bool   // the process
+
+	// The kernel queues events after the change that they tell of, so those of
+	// two threads may come in the wrong order; but it refuses copies until all
+	// have been read. An epoch lasts from one copy that it did not refuse to the
+	// next one after a change: only events of the same epoch can be in the wrong
+	// order. All of these are guarded by mu.
+	epoch   uint32
+	changed atomic.Bool // in this epoch
+	// displaced is content that lay where other content has been moved to: the
+	// event is yet to come that says what became of it, before that.
+	displaced []span
+	// past is content at places from which it has been moved or unmapped: a child
+	// whose fork came before that has it there.
+	past []span
 }
 
 // take takes a piece of what is to be done.
@@ -122,11 +134,18 @@ func (s *space) fill(c span, buf []byte) (done, copied uint64, err error) {
 	if _, err := s.src.ReadAt(buf, c.off); err != nil {
 		return 0, 0, fmt.Errorf("process %d: content of %#x: %w", s.pid, c.addr, err)
 	}
+	again := false
 	for try := c.size; done < c.size; {
 		n := min(try, c.size-done)
 		filled, errno := uffdCopy(s.fd, c.addr+done, buf[done:done+n])
 		done += filled
 		copied += filled
+		if (filled > 0 || errno != unix.EAGAIN) && s.changed.Load() {
+			if err = s.nextEpoch(); err != nil {
+				break
+			}
+		}
+		again = again && errno == unix.ENOENT
 		switch errno {
 		case 0:
 			try *= 2
@@ -142,8 +161,13 @@ func (s *space) fill(c span, buf []byte) (done, copied uint64, err error) {
 			switch {
 			case n > pageSize:
 				try = n / 2 &^ (pageSize - 1)
-			case s.child:
-				done += pageSize // MADV_DONTFORK
+			case !again:
+				// If it was unmapped meanwhile, the kernel refuses from now on.
+				again = true
+				continue
+			case s.child || c.doubtful: // MADV_DONTFORK, for one
+				done += pageSize
+				again = false
 			default:
 				err = fmt.Errorf("process %d: memory at %#x is not registered", s.pid, c.addr+done)
 			}
@@ -217,42 +241,109 @@ func (s *space) event(m message) (child *space, err error) {
 	switch m.event {
 	case eventFork:
 		child = &space{
-			p: s.p, pid: s.pid, child: true, fd: int(int32(m.arg[0])), src: s.src,
-			doubt: slices.Clone(s.doubt), gone: s.gone,
+			p: s.p, pid: s.pid, child: true, fd: int(int32(m.arg[0])), src: s.src, gone: s.gone,
+			spans: slices.Clone(s.spans), todo: slices.Clone(s.todo), epoch: s.epoch,
+			displaced: slices.Clone(s.displaced), past: slices.Clone(s.past),
 		}
-		keeps := func(c span) bool { return c.notInherited }
-		child.spans = slices.DeleteFunc(slices.Clone(s.spans), keeps)
-		child.todo = slices.DeleteFunc(slices.Clone(s.todo), keeps)
+		child.changed.Store(s.changed.Load())
+		for _, c := range s.past {
+			for _, free := range without(c.addr, c.end(), child.spans) {
+				c := c.part(free.addr, free.end())
+				child.spans, child.todo = append(child.spans, c), append(child.todo, c)
+			}
+		}
+		sortSpans(child.spans)
+		for _, spans := range []*[]span{&child.spans, &child.todo, &child.displaced, &child.past} {
+			*spans = slices.DeleteFunc(*spans, func(c span) bool { return c.notInherited })
+		}
 	case eventRemap:
 		from, to, size := m.arg[0], m.arg[1], m.arg[2]
 		if from+size < from || to+size < to {
 			return nil, fmt.Errorf("process %d: remap of %#x bytes from %#x to %#x", s.pid, size, from, to)
 		}
-		s.doubt, _ = cut(s.doubt, to, to+size)
-		s.todo = move(s.todo, from, to, size)
-		s.spans = move(s.spans, from, to, size)
-		sortSpans(s.spans)
-	case eventRemove, eventUnmap:
-		start, end := m.arg[0], m.arg[1]
-		s.todo, _ = cut(s.todo, start, end)
-		var lost []span
-		s.spans, lost = cut(s.spans, start, end)
-		if m.event == eventUnmap {
-			s.doubt = append(s.doubt, slices.DeleteFunc(lost, func(c span) bool { return !c.moved })...)
+		moved := s.remove(from, from+size)
+		s.past = append(s.past, moved...)
+		var there []span
+		s.spans, there = cut(s.spans, to, to+size)
+		s.displaced = append(s.displaced, slices.DeleteFunc(there, func(c span) bool { return c.doubtful })...)
+		for i := range moved {
+			moved[i].addr += to - from
+			moved[i].epoch = s.epoch
 		}
+		s.put(moved)
+		s.again(from, from+size)
+		s.again(to, to+size)
+		s.changed.Store(true)
+	case eventUnmap:
+		start, end := m.arg[0], m.arg[1]
+		lost := s.remove(start, end)
+		s.past = append(s.past, lost...)
+		// What was moved here in this epoch may have come after what was
+		// unmapped. Then it can be filled; else the kernel will say so.
+		lost = slices.DeleteFunc(lost, func(c span) bool { return c.epoch != s.epoch })
+		for i := range lost {
+			lost[i].doubtful = true
+		}
+		s.put(lost)
+		s.again(start, end)
+		s.changed.Store(true)
+	case eventRemove:
+		s.spans, _ = cut(s.spans, m.arg[0], m.arg[1])
+		s.again(m.arg[0], m.arg[1])
 	default:
 		return nil, fmt.Errorf("process %d: unknown event %#x", s.pid, m.event)
 	}
 	return child, nil
 }
 
+// remove takes away the content that an event is about: where some has been
+// displaced, it is that. The caller holds mu and rw.
+func (s *space) remove(start, end uint64) (removed []span) {
+	s.displaced, removed = cut(s.displaced, start, end)
+	for _, free := range without(start, end, removed) {
+		var inside []span
+		s.spans, inside = cut(s.spans, free.addr, free.end())
+		removed = append(removed, inside...)
+	}
+	return slices.Clone(removed)
+}
+
+// put adds content where there is none. The caller holds mu and rw.
+func (s *space) put(spans []span) {
+	if len(spans) > 0 {
+		s.spans = append(s.spans, spans...)
+		sortSpans(s.spans)
+	}
+}
+
+// again has the bulk look at a range as it is now. The caller holds mu and rw.
+func (s *space) again(start, end uint64) {
+	s.todo, _ = cut(s.todo, start, end)
+	_, inside := cut(s.spans, start, end)
+	s.todo = append(s.todo, inside...)
+}
+
+// nextEpoch is called when the kernel did not refuse to copy: all events of
+// what changed before have been read. The caller holds rw, at least for reading.
+func (s *space) nextEpoch() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.changed.Load() {
+		return nil
+	}
+	s.changed.Store(false)
+	s.epoch++
+	s.past = nil
+	if len(s.displaced) > 0 {
+		return fmt.Errorf("process %d: content at %#x was displaced, and nothing tells where to", s.pid, s.displaced[0].addr)
+	}
+	return nil
+}
+
 // fault answers those who wait for a page.
 func (s *space) fault(addr uint64) error {
 	s.p.lastFault.Store(time.Now().UnixNano())
 	s.p.faults.Add(1)
-	if slices.ContainsFunc(s.doubt, func(c span) bool { return c.addr <= addr && addr < c.end() }) {
-		return s.doubtful(addr)
-	}
 	c, ok := find(s.spans, addr)
 	if !ok {
 		return s.zero(addr)
@@ -293,23 +384,6 @@ func (s *space) zero(addr uint64) error {
 			return nil
 		default:
 			return fmt.Errorf("process %d: zero page at %#x: %w", s.pid, addr, errno)
-		}
-	}
-	return nil
-}
-
-func (s *space) doubtful(addr uint64) error {
-	return fmt.Errorf("process %d: memory at %#x was unmapped and moved at once, and the order is not known", s.pid, addr)
-}
-
-// settle finds out whether memory in doubt is still there, before the
-// descriptor is closed. The caller holds rw.
-func (s *space) settle() error {
-	for _, c := range s.doubt {
-		for addr := c.addr; addr < c.end(); addr += pageSize {
-			if _, errno := uffdZero(s.fd, addr, pageSize); errno == 0 || errno == unix.EEXIST || errno == unix.EAGAIN {
-				return s.doubtful(addr)
-			}
 		}
 	}
 	return nil

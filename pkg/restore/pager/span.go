@@ -10,8 +10,9 @@ import (
 type span struct {
 	addr, size   uint64
 	off          int64
-	moved        bool // by mremap
-	notInherited bool // by a child of fork
+	epoch        uint32 // in which mremap moved it here; 0 for never
+	doubtful     bool   // perhaps not there any more
+	notInherited bool   // by a child of fork
 }
 
 func (s span) end() uint64 { return s.addr + s.size }
@@ -48,17 +49,13 @@ func cut(spans []span, start, end uint64) (outside, inside []span) {
 	return outside, inside
 }
 
-// move moves what lies in [from, from+size) to another address, where nothing
-// else remains. The order of what was moved is at the end.
-func move(spans []span, from, to, size uint64) []span {
-	rest, moved := cut(spans, from, from+size)
-	rest, _ = cut(rest, to, to+size)
-	for _, s := range moved {
-		s.addr += to - from
-		s.moved = true
-		rest = append(rest, s)
+// without splits [start, end) into the parts that no span covers.
+func without(start, end uint64, spans []span) []span {
+	parts := []span{{addr: start, size: end - start}}
+	for _, s := range spans {
+		parts, _ = cut(parts, s.addr, s.end())
 	}
-	return rest
+	return parts
 }
 
 // find returns the span at an address, among spans sorted by address.
