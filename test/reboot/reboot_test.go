@@ -37,19 +37,25 @@ func (n *node) remember() state {
 			n.t.Fatalf("telling %s: %v", w.name, err)
 		}
 	}
-	return n.await("all pods go on", 5*time.Minute, func(s state) error {
+	told := n.await("all pods remember", 5*time.Minute, func(s state) error {
 		for name, want := range tokens {
 			if got := s.facts[name].same["told"]; got != want {
 				return fmt.Errorf("%s remembers %q, it was told %q", name, got, want)
 			}
 		}
-		for _, w := range n.pods {
-			if err := s.facts[w.name].goesOn(first.facts[w.name]); err != nil {
-				return fmt.Errorf("%s: %w", w.name, err)
-			}
-		}
 		return nil
 	})
+	return n.await("all pods go on", 5*time.Minute, func(s state) error { return n.goOn(s, told) })
+}
+
+// goOn says whether each pod has gone on between two looks.
+func (n *node) goOn(now, before state) error {
+	for _, w := range n.pods {
+		if err := now.facts[w.name].goesOn(before.facts[w.name]); err != nil {
+			return fmt.Errorf("%s: %w", w.name, err)
+		}
+	}
+	return nil
 }
 
 // goneOn checks, after a reboot in which nothing went wrong, that each pod that
@@ -60,14 +66,7 @@ func (n *node) goneOn(kernel string, before state, seen int) {
 	t := n.t
 	s := n.await("all pods answer", podsLimit, nil)
 	n.log("from power-on to the last pod's answer: %.0f s", time.Since(n.booted).Seconds())
-	n.await("all pods go on", 5*time.Minute, func(now state) error {
-		for _, w := range n.pods {
-			if err := now.facts[w.name].goesOn(s.facts[w.name]); err != nil {
-				return fmt.Errorf("%s: %w", w.name, err)
-			}
-		}
-		return nil
-	})
+	n.await("all pods go on", 5*time.Minute, func(now state) error { return n.goOn(now, s) })
 	if got := strings.TrimSpace(n.must(time.Minute, "uname -r")); !strings.HasPrefix(got, kernel+".") {
 		t.Errorf("the kernel is %s, not %s", got, kernel)
 	}
