@@ -19,6 +19,10 @@ import (
 // those of [store.Store.Latest].
 type Lookup func(checkpoint.Identity) (*checkpoint.Manifest, error)
 
+// LookupTemplate finds the newest version of a template. Its errors are those
+// of [store.Store.LatestTemplate].
+type LookupTemplate func(namespace, name string) (*checkpoint.Manifest, error)
+
 // Decision is what is to be done about one container that is being created.
 type Decision struct {
 	// Set are annotations of the container's OCI spec, Remove are names of
@@ -52,9 +56,10 @@ func (d Decision) Adjustment() *api.ContainerAdjustment {
 }
 
 // Decide resolves the pod's annotations for one of its containers and looks for
-// its checkpoint. It has no effects of its own.
-func Decide(pod *api.PodSandbox, c *api.Container, lookup Lookup) Decision {
-	d := decide(pod, c, lookup)
+// its checkpoint, and where there is none for the template that it names. It
+// has no effects of its own.
+func Decide(pod *api.PodSandbox, c *api.Container, lookup Lookup, template LookupTemplate) Decision {
+	d := decide(pod, c, lookup, template)
 	// Pod annotations may reach the container's spec too, where the runtime
 	// handler passes them on.
 	for _, from := range []map[string]string{c.GetAnnotations(), pod.GetAnnotations()} {
@@ -73,7 +78,7 @@ func Decide(pod *api.PodSandbox, c *api.Container, lookup Lookup) Decision {
 	return d
 }
 
-func decide(pod *api.PodSandbox, c *api.Container, lookup Lookup) (d Decision) {
+func decide(pod *api.PodSandbox, c *api.Container, lookup Lookup, template LookupTemplate) (d Decision) {
 	identity := checkpoint.Identity{Namespace: pod.GetNamespace(), Key: pod.GetUid(), Container: c.GetName()}
 	tell := func(t event.Type, id checkpoint.ID, code string, err error) {
 		i := identity
@@ -117,28 +122,46 @@ func decide(pod *api.PodSandbox, c *api.Container, lookup Lookup) (d Decision) {
 		checkpoint.InternalTCP:         string(settings.TCP),
 		checkpoint.InternalImageDigest: digest,
 	}
+	if settings.Template != "" {
+		d.Set[checkpoint.InternalTemplate] = settings.Template
+	}
 	strict := settings.OnFailure == checkpoint.OnFailureFail
-	m, err := lookup(identity)
+	source, internal := "checkpoint", checkpoint.InternalCheckpointID
+	m, err := (*checkpoint.Manifest)(nil), error(checkpoint.ErrNotFound)
+	if settings.KeepsRecords() {
+		m, err = lookup(identity)
+	}
+	if errors.Is(err, checkpoint.ErrNotFound) && settings.Template != "" {
+		source, internal = "template", checkpoint.InternalTemplateVersion
+		m, err = template(identity.Namespace, settings.Template)
+	}
+	fail := func(what string) {
+		d.Err = fmt.Errorf("container %q of pod %s/%s: %s is %s and its %s %s: %w",
+			c.GetName(), pod.GetNamespace(), pod.GetName(), checkpoint.AnnotationOnFailure, settings.OnFailure, source, what, err)
+		tell(event.RestoreFail, "", lookupCode(err), d.Err)
+	}
 	var corrupt *store.CorruptError
 	switch {
+	case errors.Is(err, checkpoint.ErrNotFound) && settings.Template == "":
+	case errors.Is(err, checkpoint.ErrNotFound) && strict:
+		fail("is not there")
 	case errors.Is(err, checkpoint.ErrNotFound):
-	case errors.As(err, &corrupt) && strict:
+		tell(event.ColdStart, "", "missing", err)
+	case errors.As(err, &corrupt) && (strict || source == "template"):
 		// The shim refuses it for what it is, and sets it aside.
-		d.Set[checkpoint.InternalCheckpointID] = string(corrupt.ID)
+		d.Set[internal] = string(corrupt.ID)
 	case errors.As(err, &corrupt):
 		d.Quarantine = corrupt.ID
 		tell(event.ColdStart, corrupt.ID, "corrupt", err)
 		tell(event.Quarantined, corrupt.ID, "corrupt", err)
 	case err != nil && strict:
-		d.Err = fmt.Errorf("container %q of pod %s/%s: %s is %s and its checkpoint could not be looked up: %w",
-			c.GetName(), pod.GetNamespace(), pod.GetName(), checkpoint.AnnotationOnFailure, settings.OnFailure, err)
-		tell(event.RestoreFail, "", lookupCode(err), d.Err)
+		fail("could not be looked up")
 	case err != nil:
-		tell(event.ColdStart, "", lookupCode(err), fmt.Errorf("look up the checkpoint: %w", err))
+		tell(event.ColdStart, "", lookupCode(err), fmt.Errorf("look up the %s: %w", source, err))
 	case m.ImageDigest == digest || strict: // the shim compares again, and refuses
-		d.Set[checkpoint.InternalCheckpointID] = string(m.ID)
+		d.Set[internal] = string(m.ID)
 	default:
-		tell(event.ColdStart, m.ID, "mismatch", fmt.Errorf("image: the checkpoint is of %s, the container of %s", m.ImageDigest, digest))
+		tell(event.ColdStart, m.ID, "mismatch", fmt.Errorf("image: the %s is of %s, the container of %s", source, m.ImageDigest, digest))
 	}
 	return d
 }
@@ -149,6 +172,8 @@ func lookupCode(err error) string {
 		return "timeout"
 	case errors.Is(err, checkpoint.ErrBusy):
 		return "busy"
+	case errors.Is(err, checkpoint.ErrNotFound):
+		return "missing"
 	}
 	return "internal"
 }

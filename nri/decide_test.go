@@ -19,6 +19,8 @@ const (
 	digestA  = "sha256:aaaa"
 	digestB  = "sha256:bbbb"
 	recordID = checkpoint.ID("0123456789abcdef-20260102T150405-89abcdef")
+
+	versionID = checkpoint.ID("fedcba9876543210-20260102T150405-89abcdef")
 )
 
 func TestDecide(t *testing.T) {
@@ -39,6 +41,26 @@ func TestDecide(t *testing.T) {
 	broken := found(nil, errors.New("input/output error"))
 	late := found(nil, errLate)
 
+	noTemplate := func(t *testing.T) LookupTemplate {
+		return func(namespace, name string) (*checkpoint.Manifest, error) {
+			t.Errorf("the store was asked for template %s/%s", namespace, name)
+			return nil, checkpoint.ErrNotFound
+		}
+	}
+	template := func(m *checkpoint.Manifest, err error) func(*testing.T) LookupTemplate {
+		return func(t *testing.T) LookupTemplate {
+			return func(namespace, name string) (*checkpoint.Manifest, error) {
+				if namespace != "default" || name != "shop" {
+					t.Errorf("asked for template %q of %q, want shop of the pod's own namespace", name, namespace)
+				}
+				return m, err
+			}
+		}
+	}
+	warm := template(&checkpoint.Manifest{ID: versionID, ImageDigest: digestA}, nil)
+	noWarm := template(nil, fmt.Errorf("template default/shop: %w", checkpoint.ErrNotFound))
+	corruptWarm := template(nil, &store.CorruptError{ID: versionID, Err: checkpoint.ErrCorrupt})
+
 	optedIn := map[string]string{
 		checkpoint.InternalPolicy: "resume", checkpoint.InternalKey: "uid-1", checkpoint.InternalOnFailure: "cold-start",
 		checkpoint.InternalTCP: "close", checkpoint.InternalImageDigest: digestA,
@@ -50,6 +72,16 @@ func TestDecide(t *testing.T) {
 		}
 		return m
 	}
+	shop := with(checkpoint.InternalPolicy, "template", checkpoint.InternalTemplate, "shop")
+	named := func(m map[string]string, kv ...string) map[string]string {
+		m = maps.Clone(m)
+		for i := 0; i < len(kv); i += 2 {
+			m[kv[i]] = kv[i+1]
+		}
+		return m
+	}
+	clone := map[string]string{checkpoint.AnnotationTemplate: "shop"}
+	strictClone := map[string]string{checkpoint.AnnotationTemplate: "shop", checkpoint.AnnotationOnFailure: "fail"}
 	resume := map[string]string{checkpoint.AnnotationPolicy: "resume"}
 	strict := map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.AnnotationOnFailure: "fail"}
 
@@ -59,6 +91,7 @@ func TestDecide(t *testing.T) {
 		uid        string
 		image      *api.Image
 		lookup     func(*testing.T) Lookup
+		warm       func(*testing.T) LookupTemplate
 		set        map[string]string
 		remove     []string
 		events     []string // type/code/part of the reason
@@ -94,6 +127,29 @@ func TestDecide(t *testing.T) {
 		"store late":      {pod: resume, lookup: late, set: optedIn, events: []string{"cold-start/timeout/in time"}},
 		"store broken, strict": {pod: strict, lookup: broken, set: with(checkpoint.InternalOnFailure, "fail"), err: true,
 			events: []string{"restore-failed/internal/input/output error"}},
+		"to become a template": {pod: map[string]string{checkpoint.AnnotationPolicy: "template"}, lookup: never, set: with(checkpoint.InternalPolicy, "template")},
+		"template":             {pod: clone, lookup: never, warm: warm, set: named(shop, checkpoint.InternalTemplateVersion, string(versionID))},
+		"template of a container": {pod: map[string]string{checkpoint.AnnotationTemplate: "other", checkpoint.ContainerAnnotation(checkpoint.AnnotationTemplate, "c"): "shop"},
+			lookup: never, warm: warm, set: named(shop, checkpoint.InternalTemplateVersion, string(versionID))},
+		"template, off": {pod: map[string]string{checkpoint.AnnotationTemplate: "shop", checkpoint.AnnotationPolicy: "off"}, lookup: never},
+		"template and own record": {pod: named(clone, checkpoint.AnnotationPolicy, "resume"), lookup: record,
+			set: with(checkpoint.InternalTemplate, "shop", checkpoint.InternalCheckpointID, string(recordID))},
+		"template and no own record": {pod: named(clone, checkpoint.AnnotationPolicy, "resume"), lookup: none, warm: warm,
+			set: with(checkpoint.InternalTemplate, "shop", checkpoint.InternalTemplateVersion, string(versionID))},
+		"template and a broken record": {pod: named(clone, checkpoint.AnnotationPolicy, "resume"), lookup: broken,
+			set: with(checkpoint.InternalTemplate, "shop"), events: []string{"cold-start/internal/checkpoint: input/output error"}},
+		"no such template": {pod: clone, lookup: never, warm: noWarm, set: shop, events: []string{"cold-start/missing/template default/shop"}},
+		"no such template, strict": {pod: strictClone, lookup: never, warm: noWarm, set: named(shop, checkpoint.InternalOnFailure, "fail"), err: true,
+			events: []string{"restore-failed/missing/template is not there"}},
+		"template of another image": {pod: clone, image: &api.Image{Digest: digestB}, lookup: never, warm: warm, set: named(shop, checkpoint.InternalImageDigest, digestB),
+			events: []string{"cold-start/mismatch/image: the template is of " + digestA}},
+		"template of another image, strict": {pod: strictClone, image: &api.Image{Digest: digestB}, lookup: never, warm: warm,
+			set: named(shop, checkpoint.InternalImageDigest, digestB, checkpoint.InternalOnFailure, "fail", checkpoint.InternalTemplateVersion, string(versionID))},
+		"corrupt template": {pod: clone, lookup: never, warm: corruptWarm, set: named(shop, checkpoint.InternalTemplateVersion, string(versionID))},
+		"template, late":   {pod: clone, lookup: never, warm: template(nil, errLate), set: shop, events: []string{"cold-start/timeout/look up the template"}},
+		"hostile template": {pod: map[string]string{checkpoint.AnnotationTemplate: "../../etc"}, lookup: never, events: []string{"ignored/invalid/" + checkpoint.AnnotationTemplate}},
+		"reserved template": {pod: clone, container: map[string]string{checkpoint.InternalTemplateVersion: "stolen"}, lookup: never, warm: noWarm, set: shop,
+			remove: []string{checkpoint.InternalTemplateVersion}, events: []string{"cold-start/missing/shop"}},
 		"bad policy": {pod: map[string]string{checkpoint.AnnotationPolicy: "yes"}, lookup: never, events: []string{"ignored/invalid/" + checkpoint.AnnotationPolicy}},
 		"bad key":    {pod: map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.AnnotationKey: "../x"}, lookup: never, events: []string{"ignored/invalid/" + checkpoint.AnnotationKey}},
 		"long value": {pod: map[string]string{checkpoint.AnnotationPolicy: strings.Repeat("\x1b", 1<<16)}, lookup: never, events: []string{"ignored/invalid/65536 bytes"}},
@@ -123,11 +179,14 @@ func TestDecide(t *testing.T) {
 			if tc.uid == "" {
 				tc.uid = "uid-1"
 			}
+			if tc.warm == nil {
+				tc.warm = noTemplate
+			}
 			if tc.image == nil {
 				tc.image = &api.Image{Digest: digestA, ConfigDigest: digestB}
 			}
 			pod := &api.PodSandbox{Id: "sandbox", Name: "pod", Uid: tc.uid, Namespace: "default", Annotations: tc.pod}
-			d := Decide(pod, &api.Container{Id: "id", Name: "c", Annotations: tc.container, Image: tc.image}, tc.lookup(t))
+			d := Decide(pod, &api.Container{Id: "id", Name: "c", Annotations: tc.container, Image: tc.image}, tc.lookup(t), tc.warm(t))
 			if !maps.Equal(d.Set, tc.set) {
 				t.Errorf("set %v, want %v", d.Set, tc.set)
 			}

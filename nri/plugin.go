@@ -35,11 +35,13 @@ const (
 // plugin answers the runtime. Its methods are called by the stub, one request
 // after another, and on a new connection again by another stub.
 type plugin struct {
-	latest  func(context.Context, checkpoint.Identity) (*checkpoint.Manifest, error)
-	later   func(job) // never blocks
-	metrics *metrics
-	pods    *pods
-	lookups chan struct{} // a token for each running lookup
+	latest func(context.Context, checkpoint.Identity) (*checkpoint.Manifest, error)
+	// template is [store.Store.LatestTemplate].
+	template func(ctx context.Context, namespace, name string) (*checkpoint.Manifest, error)
+	later    func(job) // never blocks
+	metrics  *metrics
+	pods     *pods
+	lookups  chan struct{} // a token for each running lookup
 
 	accepted chan struct{} // closed when the runtime accepted the plugin for the first time
 	first    sync.Once     // closes accepted
@@ -106,7 +108,11 @@ func (c *connection) CreateContainer(ctx context.Context, pod *api.PodSandbox, c
 	defer c.metrics.request("CreateContainer")()
 	ctx, cancel := context.WithTimeout(ctx, DecisionTimeout)
 	defer cancel()
-	d := Decide(pod, ctr, func(i checkpoint.Identity) (*checkpoint.Manifest, error) { return c.lookup(ctx, i) })
+	d := Decide(pod, ctr, func(i checkpoint.Identity) (*checkpoint.Manifest, error) {
+		return c.lookup(ctx, func() (*checkpoint.Manifest, error) { return c.latest(ctx, i) })
+	}, func(namespace, name string) (*checkpoint.Manifest, error) {
+		return c.lookup(ctx, func() (*checkpoint.Manifest, error) { return c.template(ctx, namespace, name) })
+	})
 	d.Events = c.plugin.pods.firstTold(pod.GetId(), d.Events)
 	if len(d.Events) > 0 {
 		j := job{events: d.Events, quarantine: d.Quarantine}
@@ -119,7 +125,7 @@ func (c *connection) CreateContainer(ctx context.Context, pod *api.PodSandbox, c
 }
 
 // lookup asks the store aside, for a system call cannot be cancelled.
-func (p *plugin) lookup(ctx context.Context, i checkpoint.Identity) (*checkpoint.Manifest, error) {
+func (p *plugin) lookup(ctx context.Context, find func() (*checkpoint.Manifest, error)) (*checkpoint.Manifest, error) {
 	type answer struct {
 		m   *checkpoint.Manifest
 		err error
@@ -132,12 +138,12 @@ func (p *plugin) lookup(ctx context.Context, i checkpoint.Identity) (*checkpoint
 	ch := make(chan answer, 1)
 	go func() { // ends with the lookup; maxLookups bounds them
 		defer func() { <-p.lookups }()
-		m, err := p.latest(ctx, i)
+		m, err := find()
 		for errors.Is(err, checkpoint.ErrBusy) && sleep(ctx, 50*time.Millisecond) {
 			// Most likely claimed by the shim of the container's predecessor,
 			// which has failed to start and is about to give it back.
 			var again error
-			if m, again = p.latest(ctx, i); ctx.Err() == nil {
+			if m, again = find(); ctx.Err() == nil {
 				err = again
 			}
 		}

@@ -301,23 +301,24 @@ func TestDeafRuntime(t *testing.T) {
 // about to give back is waited for; one that stays claimed is told as busy.
 func TestLookupWaitsForAClaim(t *testing.T) {
 	var calls int
-	busyUntil := func(n int) *plugin {
+	p := &plugin{lookups: make(chan struct{}, maxLookups)}
+	busyUntil := func(n int) func() (*checkpoint.Manifest, error) {
 		calls = 0
-		return &plugin{lookups: make(chan struct{}, maxLookups), latest: func(context.Context, checkpoint.Identity) (*checkpoint.Manifest, error) {
+		return func() (*checkpoint.Manifest, error) {
 			calls++
 			if calls < n {
 				return nil, fmt.Errorf("claimed: %w", checkpoint.ErrBusy)
 			}
 			return &checkpoint.Manifest{PodName: "found"}, nil
-		}}
+		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), DecisionTimeout)
 	defer cancel()
-	if m, err := busyUntil(3).lookup(ctx, checkpoint.Identity{}); err != nil || m.PodName != "found" {
+	if m, err := p.lookup(ctx, busyUntil(3)); err != nil || m.PodName != "found" {
 		t.Errorf("given back after a moment: %v, %v", m, err)
 	}
 	begin := time.Now()
-	if _, err := busyUntil(1<<30).lookup(ctx, checkpoint.Identity{}); !errors.Is(err, checkpoint.ErrBusy) || errors.Is(err, errLate) {
+	if _, err := p.lookup(ctx, busyUntil(1<<30)); !errors.Is(err, checkpoint.ErrBusy) || errors.Is(err, errLate) {
 		t.Errorf("never given back: %v, want ErrBusy in time", err)
 	}
 	if d := time.Since(begin); d > DecisionTimeout {

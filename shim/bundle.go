@@ -113,6 +113,7 @@ func settingsOf(annotations map[string]string) (checkpoint.Settings, error) {
 		checkpoint.AnnotationKey:       annotations[checkpoint.InternalKey],
 		checkpoint.AnnotationOnFailure: annotations[checkpoint.InternalOnFailure],
 		checkpoint.AnnotationTCP:       annotations[checkpoint.InternalTCP],
+		checkpoint.AnnotationTemplate:  annotations[checkpoint.InternalTemplate],
 	}, "")
 }
 

@@ -48,7 +48,7 @@ type container struct {
 	busy      string
 	state     *taskAPI.StateResponse
 	dump      *dumpJob  // of a stop, the first and only one
-	prepare   *dumpJob  // of a preparation for a reboot, set while busy is one of its operations
+	prepare   *dumpJob  // of a preparation for a reboot or of a template, set while busy is one of its operations
 	signalled time.Time // when a signal was last delivered without a dump
 	// settled is closed while the inner service has the container; it is open
 	// during the exchange of a failed restore for a cold start.
@@ -57,9 +57,21 @@ type container struct {
 	replaced chan struct{}
 }
 
+// claim is the right to restore a checkpoint, a [store.Claim], or a template,
+// a [store.Pin].
+type claim interface {
+	ID() checkpoint.ID
+	Dir() string
+	Manifest() *checkpoint.Manifest
+	Verify(ctx context.Context) error
+	Release(ctx context.Context) error
+	Consume(ctx context.Context) error
+	Quarantine(ctx context.Context, reason string, logs map[string][]byte) error
+}
+
 // pendingRestore is a claimed checkpoint and what was prepared from it.
 type pendingRestore struct {
-	claim   *store.Claim
+	claim   claim
 	stage   *store.Stage // holds the images as this restore needs them
 	plan    *restore.Plan
 	fresh   bool            // the writable layer was found empty, as it is to be left
@@ -128,12 +140,12 @@ func (c *container) turn(from, to string) bool {
 const stopPeriod = 30 * time.Second
 
 // beginStopping is called before a signal is delivered without a dump. It
-// refuses while the container is or may be frozen for a reboot.
+// refuses while the container is or may be frozen for a reboot or a template.
 func (c *container) beginStopping() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch c.busy {
-	case opPreparing, opPrepared, opAborting:
+	case opPreparing, opPrepared, opAborting, opSnapshot:
 		return false
 	}
 	c.signalled = time.Now()
@@ -195,6 +207,7 @@ const (
 	opPreparing  = "preparation for a reboot"
 	opPrepared   = "reboot" // frozen, with a committed checkpoint
 	opAborting   = "return from the preparation for a reboot"
+	opSnapshot   = "dump for a template"
 )
 
 // waitWhile returns when the container is busy with none of the operations.

@@ -136,7 +136,7 @@ func (s *service) abortDump(ctx context.Context, c *container) {
 // stop dumps, commits and kills; where that cannot be done it thaws and passes
 // the signal on.
 func (s *service) stop(ctx context.Context, c *container, r *taskAPI.KillRequest, pid int) error {
-	_, err := s.dump(ctx, c, pid, false)
+	_, err := s.dump(ctx, c, pid, dumpMode{})
 	if err == nil {
 		return s.killFrozen(ctx, c)
 	}
@@ -174,21 +174,35 @@ func (s *service) kill(ctx context.Context, r *taskAPI.KillRequest) error {
 	return err
 }
 
-// dump is dumpAndCommit and the event that tells of it.
-func (s *service) dump(ctx context.Context, c *container, pid int, reboot bool) (*checkpoint.Manifest, error) {
-	start := time.Now()
-	m, err := s.dumpAndCommit(ctx, c, pid, reboot)
-	e := event.Event{DurationMicros: time.Since(start).Microseconds()}
-	if reboot {
-		e.Reason = rebootReason
+// dumpMode says what a dump is for; zero is a stop.
+type dumpMode struct {
+	reboot   bool   // freeze at once, and stay frozen
+	template string // make a version of this template, and run on
+}
+
+// reason is what the event of the dump says.
+func (m dumpMode) reason() string {
+	switch {
+	case m.reboot:
+		return rebootReason
+	case m.template != "":
+		return "template " + m.template
 	}
+	return ""
+}
+
+// dump is dumpAndCommit and the event that tells of it.
+func (s *service) dump(ctx context.Context, c *container, pid int, mode dumpMode) (*checkpoint.Manifest, error) {
+	start := time.Now()
+	m, err := s.dumpAndCommit(ctx, c, pid, mode)
+	e := event.Event{DurationMicros: time.Since(start).Microseconds(), Reason: mode.reason()}
 	if err == nil {
 		e.Type, e.CheckpointID, e.SizeBytes, e.Timings = event.Dumped, m.ID, m.Sizes.TotalBytes, &m.Timings
 	} else {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
 			err = fmt.Errorf("%w: %w", cause, err)
 		}
-		if reboot {
+		if e.Reason != "" {
 			e.Reason += ": "
 		}
 		e.Type, e.ReasonCode = event.DumpFailed, reasonCode(err)
@@ -200,8 +214,9 @@ func (s *service) dump(ctx context.Context, c *container, pid int, reboot bool) 
 
 // dumpAndCommit leaves the container frozen with a committed checkpoint, or
 // running and without one. For a reboot it freezes before it waits for a dump
-// slot, so that the containers of a node stand still together.
-func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, reboot bool) (_ *checkpoint.Manifest, err error) {
+// slot, so that the containers of a node stand still together. For a template
+// it thaws before the commit: nothing is lost if that fails.
+func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, mode dumpMode) (_ *checkpoint.Manifest, err error) {
 	cg, err := s.findGroup(pid, c.id)
 	if err != nil {
 		return nil, err
@@ -235,7 +250,7 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, rebo
 			err = errors.Join(err, rollBack(cg, stage))
 		}
 	}()
-	if reboot {
+	if mode.reboot {
 		if err := freeze(); err != nil {
 			return nil, err
 		}
@@ -245,23 +260,27 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, rebo
 		return nil, err
 	}
 	defer release()
-	if reboot {
+	if mode.reboot {
 		// Those that had the slots before may have filled the disk.
 		if err := s.preflight(st, cg); err != nil {
 			return nil, err
 		}
 	}
 	m := s.newManifest(c)
+	if mode.template != "" {
+		m.Template, m.Fingerprint = mode.template, checkpoint.ComputeTemplateFingerprint(c.spec)
+		m.Settings.TCP = checkpoint.TCPClose // no clone has the source's address
+	}
 	if m.Lost, err = s.execs(ctx, c); err != nil {
 		return nil, err
 	}
 	if stage, err = st.Stage(ctx, m.ID); err != nil {
 		return nil, err
 	}
-	if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
+	if err := c.writeCRIUConfig(s.dumpOptionsFor(m.Settings.TCP)); err != nil {
 		return nil, err
 	}
-	if !reboot {
+	if !mode.reboot {
 		if err := freeze(); err != nil {
 			return nil, err
 		}
@@ -269,6 +288,11 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, rebo
 	m.Timings.FreezeMicros = frozen.Microseconds()
 	if err := s.fill(ctx, c, stage, m); err != nil {
 		return nil, err
+	}
+	if mode.template != "" {
+		if err := thaw(cg); err != nil {
+			return nil, err
+		}
 	}
 	if err := stage.Commit(ctx, m); err != nil {
 		return nil, err
@@ -478,7 +502,7 @@ func (s *service) criuDump(ctx context.Context, c *container, dir string, m *che
 		}
 	})()
 	opts, err := typeurl.MarshalAnyToProto(&options.CheckpointOptions{
-		OpenTcp:             c.settings.TCP == checkpoint.TCPKeep,
+		OpenTcp:             m.Settings.TCP == checkpoint.TCPKeep,
 		ExternalUnixSockets: true,
 		Terminal:            c.request.Terminal,
 		FileLocks:           true,
@@ -564,7 +588,11 @@ func dirBytes(dir string) (int64, error) {
 // dumpOptions are CRIU's options for a dump of the container, be it ours or the
 // CRI call's.
 func (s *service) dumpOptions(c *container) criu.ConfigOptions {
-	o := criu.DumpOptions(c.settings.TCP)
+	return s.dumpOptionsFor(c.settings.TCP)
+}
+
+func (s *service) dumpOptionsFor(tcp checkpoint.TCP) criu.ConfigOptions {
+	o := criu.DumpOptions(tcp)
 	if facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile)); err == nil {
 		// Connections are not kept, so nothing needs the lock that stops all
 		// traffic of the pod and costs a hundred milliseconds of iptables.

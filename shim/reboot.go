@@ -121,7 +121,10 @@ func (s *service) Prepare(ctx context.Context, id string) (control.Result, error
 
 // beginPrepare begins a Prepare, or returns the one that there is.
 func (s *service) beginPrepare(ctx context.Context, c *container) (job *dumpJob, first bool, err error) {
-	if err := c.waitWhile(ctx, opCheckpoint, opAborting); err != nil {
+	if !c.settings.KeepsRecords() {
+		return nil, false, fmt.Errorf("its policy is %q: %w", c.settings.Policy, errdefs.ErrFailedPrecondition)
+	}
+	if err := c.waitWhile(ctx, opCheckpoint, opAborting, opSnapshot); err != nil {
 		return nil, false, err
 	}
 	if job, err := c.preparable(); job != nil || err != nil {
@@ -163,7 +166,7 @@ func (s *service) prepare(ctx context.Context, deadline time.Time, c *container,
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	start := time.Now()
-	m, err := s.dump(ctx, c, pid, true)
+	m, err := s.dump(ctx, c, pid, dumpMode{reboot: true})
 	if err != nil {
 		return control.Result{}, err
 	}

@@ -40,14 +40,11 @@ func (s *service) createRestored(ctx context.Context, c *container, rawID string
 	if err != nil {
 		return nil, s.refuse(ctx, c, id, nil, err)
 	}
-	claim, err := st.Claim(ctx, id, c.id)
+	claim, err := s.claim(ctx, st, c, id)
 	if err != nil {
-		var corrupt *store.CorruptError
-		if errors.As(err, &corrupt) {
-			err = errors.Join(err, st.Quarantine(ctx, id, err.Error(), nil))
-		}
 		return nil, s.refuse(ctx, c, id, nil, err)
 	}
+	id = claim.ID() // that of a template may be a newer one
 	p := &pendingRestore{claim: claim, begun: start}
 	if err := s.prepareRestore(ctx, st, c, p); err != nil {
 		return nil, s.refuse(ctx, c, id, p, err)
@@ -103,9 +100,12 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		Host:        facts,
 		ImageDir:    filepath.Join(p.stage.Dir(), "restore"),
 	}
+	if m.Template != "" {
+		r.Fingerprint = checkpoint.ComputeTemplateFingerprint(c.spec)
+	}
 	// Only a restart in the same sandbox is the kubelet's answer to a
 	// container that fails; a new sandbox is somebody's wish.
-	if m.SandboxID == c.annotations[criSandboxID] {
+	if m.Template == "" && m.SandboxID == c.annotations[criSandboxID] {
 		r.MinUptime = s.config.MinUptime
 	}
 	if p.plan, err = restore.Prepare(ctx, r); err != nil {
@@ -227,11 +227,17 @@ func (s *service) refuse(ctx context.Context, c *container, id checkpoint.ID, p 
 
 // setAside ends the claim of a checkpoint that was not restored. One that fits
 // another spec is given back; one that is damaged, or that CRIU refused, would
-// only fail again and is quarantined with the log.
+// only fail again and is quarantined with the log. A template is for many
+// containers, and quarantined only where it is damaged.
 func (s *service) setAside(ctx context.Context, c *container, p *pendingRestore, code string, reason error) {
 	var err error
+	fatal := code == "corrupt"
 	switch code {
-	case "corrupt", "incompatible", "crash-loop", "criu":
+	case "incompatible", "crash-loop", "criu":
+		fatal = p.claim.Manifest().Template == ""
+	}
+	switch {
+	case fatal:
 		logs := map[string][]byte{}
 		if data, rerr := readTail(filepath.Join(c.bundle, "work", "restore.log"), 1<<20); rerr == nil {
 			logs["restore.log"] = data
@@ -286,7 +292,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		// way round it would leave a cold start that nobody explains.
 		s.event(ctx, c, event.Event{
 			Type: event.Restored, CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes,
-			DurationMicros: time.Since(p.begun).Microseconds(),
+			DurationMicros: time.Since(p.begun).Microseconds(), Reason: dumpMode{template: m.Template}.reason(),
 		})
 		if err := errors.Join(p.claim.Consume(ctx), c.writeCRIUConfig(s.dumpOptions(c)), p.stage.Abort()); err != nil {
 			log.G(ctx).WithError(err).Error("clean up after restore")

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -42,6 +43,7 @@ type service struct {
 
 	mu         sync.Mutex
 	containers map[string]*container // guarded by mu
+	clones     map[string]cloneLife  // guarded by mu; of ended clones, by container name
 }
 
 var _ shim.TTRPCService = (*service)(nil)
@@ -59,6 +61,7 @@ func newService(ctx context.Context, inner taskAPI.TTRPCTaskService, p *publishe
 		openStore:  func() (*store.Store, error) { return store.Open(fsys.OS{}, config.Root) },
 		findGroup:  func(pid int, id string) (group, error) { return loadCgroup(pid, id) },
 		containers: make(map[string]*container),
+		clones:     make(map[string]cloneLife),
 	}
 }
 
@@ -139,7 +142,7 @@ func (s *service) create(ctx context.Context, c *container) (*taskAPI.CreateTask
 	if !c.optedIn {
 		return s.TTRPCTaskService.Create(ctx, c.request)
 	}
-	if id := c.annotations[checkpoint.InternalCheckpointID]; id != "" {
+	if id := cmp.Or(c.annotations[checkpoint.InternalCheckpointID], c.annotations[checkpoint.InternalTemplateVersion]); id != "" {
 		resp, err := s.createRestored(ctx, c, id)
 		if resp != nil || err != nil {
 			return resp, err
@@ -237,6 +240,7 @@ func (s *service) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAP
 	resp, err := s.TTRPCTaskService.Delete(ctx, r)
 	if r.ExecID == "" && c != nil && (err == nil || errdefs.IsNotFound(errgrpc.ToNative(err))) {
 		s.abandonRestore(ctx, c)
+		s.noteClone(c)
 		s.forget(r.ID)
 	}
 	return resp, err
@@ -393,7 +397,7 @@ func (s *service) Kill(ctx context.Context, r *taskAPI.KillRequest) (*emptypb.Em
 	for {
 		// A signal that is delivered meanwhile would be dumped with the
 		// container, or would stop it without a dump.
-		if err := c.waitWhile(ctx, opCheckpoint, opPreparing, opAborting); err != nil {
+		if err := c.waitWhile(ctx, opCheckpoint, opPreparing, opAborting, opSnapshot); err != nil {
 			return nil, err
 		}
 		if c.turn(opPrepared, opDump) {

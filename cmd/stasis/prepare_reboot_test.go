@@ -46,8 +46,9 @@ func (n *rebootNode) args(more ...string) []string {
 
 // rebootShim serves one container of the key.
 type rebootShim struct {
-	n   *rebootNode
-	key string
+	control.Server // what it does not mention is not called
+	n              *rebootNode
+	key            string
 
 	mu     sync.Mutex
 	err    error // of Prepare

@@ -20,6 +20,9 @@ const (
 	AnnotationOnFailure = Prefix + "on-failure"
 	// AnnotationTCP says what becomes of established TCP connections: see [TCP].
 	AnnotationTCP = Prefix + "tcp"
+	// AnnotationTemplate names the template, of the pod's own namespace, that a
+	// container begins from. See [ValidateTemplateName].
+	AnnotationTemplate = Prefix + "template"
 )
 
 // ContainerAnnotation is the form of an annotation that holds for one container
@@ -41,7 +44,7 @@ func Known(name string) bool {
 		name = Prefix + own
 	}
 	switch name {
-	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP:
+	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate:
 		return true
 	}
 	return false
@@ -71,6 +74,11 @@ const (
 	// InternalCheckpointID names the checkpoint that the daemon found for the
 	// container; the shim looks it up in its own store and checks it again.
 	InternalCheckpointID = InternalPrefix + "checkpoint-id"
+	// InternalTemplate is the resolved name of the template.
+	InternalTemplate = InternalPrefix + "template"
+	// InternalTemplateVersion is the version of the template that the daemon
+	// found. Never beside InternalCheckpointID.
+	InternalTemplateVersion = InternalPrefix + "template-version"
 )
 
 // CRIUConfigAnnotation makes runc hand a configuration file to CRIU
@@ -92,6 +100,9 @@ const (
 	PolicyResume Policy = "resume"
 	// PolicyReboot dumps only while the node is being prepared for a reboot.
 	PolicyReboot Policy = "reboot"
+	// PolicyTemplate never dumps by itself: the container may become a template,
+	// and may begin from one. It is the default where a template is named.
+	PolicyTemplate Policy = "template"
 )
 
 // OnFailure says what happens when a restore cannot work.
@@ -120,13 +131,22 @@ type Settings struct {
 	Key       string    `json:"key,omitempty"`
 	OnFailure OnFailure `json:"onFailure,omitempty"`
 	TCP       TCP       `json:"tcp,omitempty"`
+	// Template is the name of the template to begin from, empty for none.
+	Template string `json:"template,omitempty"`
 }
 
 // OptedIn reports whether stasis acts on the container at all.
-func (s Settings) OptedIn() bool { return s.Policy == PolicyResume || s.Policy == PolicyReboot }
+func (s Settings) OptedIn() bool {
+	return s.Policy == PolicyTemplate || s.KeepsRecords()
+}
+
+// KeepsRecords reports whether the container leaves checkpoints of its own, and
+// goes on from them.
+func (s Settings) KeepsRecords() bool { return s.Policy == PolicyResume || s.Policy == PolicyReboot }
 
 // ParseSettings resolves the user's annotations of a pod for one container.
-// A container's own form wins over the pod's. An absent policy means off. On
+// A container's own form wins over the pod's. An absent policy means off, or
+// template where a template is named. On
 // an unknown or oversized value it returns an error wrapping [ErrInvalid] that
 // names the annotation, and settings that leave the container alone.
 func ParseSettings(annotations map[string]string, container string) (Settings, error) {
@@ -148,13 +168,23 @@ func ParseSettings(annotations map[string]string, container string) (Settings, e
 	if err != nil {
 		return off, err
 	}
-	switch p := Policy(v); p {
-	case "", PolicyOff:
+	if s.Template, err = get(AnnotationTemplate); err != nil {
+		return off, err
+	}
+	switch p := Policy(v); {
+	case p == "" && s.Template != "":
+		s.Policy = PolicyTemplate
+	case p == "", p == PolicyOff:
 		return off, nil
-	case PolicyResume, PolicyReboot:
+	case p == PolicyResume, p == PolicyReboot, p == PolicyTemplate:
 		s.Policy = p
 	default:
-		return off, fmt.Errorf("annotation %s: unknown value %q, want resume, reboot or off: %w", AnnotationPolicy, v, ErrInvalid)
+		return off, fmt.Errorf("annotation %s: unknown value %q, want resume, reboot, template or off: %w", AnnotationPolicy, v, ErrInvalid)
+	}
+	if s.Template != "" {
+		if err := ValidateTemplateName(s.Template); err != nil {
+			return off, fmt.Errorf("annotation %s: %w", AnnotationTemplate, err)
+		}
 	}
 	if v, err = get(AnnotationOnFailure); err != nil {
 		return off, err
@@ -202,6 +232,21 @@ func ValidateKey(key string) error {
 	}
 	if strings.Contains(key, "..") {
 		return fmt.Errorf("key %q contains \"..\": %w", key, ErrInvalid)
+	}
+	return nil
+}
+
+// ValidateTemplateName checks the name of a template: a DNS label, as names of
+// namespaces are.
+func ValidateTemplateName(name string) error {
+	if name == "" || len(name) > 63 {
+		return fmt.Errorf("name of %d bytes, want 1 to 63: %w", len(name), ErrInvalid)
+	}
+	for i, c := range []byte(name) {
+		alnum := c >= 'a' && c <= 'z' || c >= '0' && c <= '9'
+		if !alnum && (c != '-' || i == 0 || i == len(name)-1) {
+			return fmt.Errorf("name %q: want lower-case letters, digits and, inside, '-': %w", name, ErrInvalid)
+		}
 	}
 	return nil
 }

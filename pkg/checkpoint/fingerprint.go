@@ -5,8 +5,11 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"net/netip"
+	"regexp"
 	"slices"
 	"sort"
+	"strconv"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -23,6 +26,70 @@ var ignoredEnv = map[string]bool{"HOSTNAME": true}
 
 // ComputeFingerprint takes the fingerprint of a container's spec.
 func ComputeFingerprint(s *specs.Spec) Fingerprint {
+	return fingerprint(s, func([]string, string) bool { return false })
+}
+
+// ComputeTemplateFingerprint is ComputeFingerprint, except that the variables
+// are left out by which Kubernetes tells a container of the services that there
+// are when its pod begins.
+func ComputeTemplateFingerprint(s *specs.Spec) Fingerprint {
+	return fingerprint(s, serviceLink)
+}
+
+// serviceLink reports whether a variable is one of the group that Kubernetes
+// makes of each service: X_SERVICE_HOST, X_SERVICE_PORT, X_SERVICE_PORT_NAME,
+// and, as Docker had it, X_PORT, X_PORT_80_TCP and X_PORT_80_TCP_PROTO, _PORT
+// and _ADDR. All of them must look so, in order that a variable of the
+// application's own, APP_PORT say, counts.
+func serviceLink(env []string, entry string) bool {
+	name, value, _ := strings.Cut(entry, "=")
+	x := ""
+	if i := strings.Index(name, "_SERVICE_PORT"); i > 0 {
+		x = name[:i]
+		if rest := name[i+len("_SERVICE_PORT"):]; rest != "" && rest[0] != '_' || !isPort(value) {
+			return false
+		}
+	} else if own, ok := strings.CutSuffix(name, "_SERVICE_HOST"); ok {
+		x = own
+		if _, err := netip.ParseAddr(value); err != nil {
+			return false
+		}
+	} else if own, ok := strings.CutSuffix(name, "_PORT"); ok && linkURL.MatchString(value) {
+		x = own
+	} else if m := linkName.FindStringSubmatch(name); m != nil {
+		x = m[1]
+	}
+	if x == "" {
+		return false
+	}
+	// The group has a head, and only Kubernetes writes both parts of it.
+	host, port := false, false
+	for _, e := range env {
+		name, value, _ := strings.Cut(e, "=")
+		switch name {
+		case x + "_SERVICE_HOST":
+			_, err := netip.ParseAddr(value)
+			host = err == nil
+		case x + "_SERVICE_PORT":
+			port = isPort(value)
+		}
+	}
+	return host && port
+}
+
+var (
+	linkURL  = regexp.MustCompile(`^(tcp|udp|sctp)://`)
+	linkName = regexp.MustCompile(`^(.+?)_PORT_[0-9]{1,5}_(?:TCP|UDP|SCTP)(?:_PROTO|_PORT|_ADDR)?$`)
+)
+
+func isPort(s string) bool {
+	_, err := strconv.ParseUint(s, 10, 16)
+	return err == nil
+}
+
+// fingerprint leaves out the variables for which skip, given all of them and
+// one, says so.
+func fingerprint(s *specs.Spec, skip func(env []string, entry string) bool) Fingerprint {
 	f := Fingerprint{}
 	put := func(name string, v any) {
 		b, err := json.Marshal(v)
@@ -44,7 +111,7 @@ func ComputeFingerprint(s *specs.Spec) Fingerprint {
 		var env []string
 		for _, e := range p.Env {
 			name, _, _ := strings.Cut(e, "=")
-			if !ignoredEnv[name] {
+			if !ignoredEnv[name] && !skip(p.Env, e) {
 				env = append(env, e)
 			}
 		}

@@ -39,6 +39,10 @@ type Manifest struct {
 	ID            ID        `json:"id"`
 	Identity      Identity  `json:"identity"`
 	CreatedAt     time.Time `json:"createdAt"`
+	// Template is the name under which containers of the identity's namespace
+	// may begin from it; empty in a checkpoint of the identity alone. The ID is
+	// then the version.
+	Template string `json:"template,omitempty"`
 
 	// The dumped container, as the runtime knew it.
 	PodName     string `json:"podName"`
@@ -50,7 +54,8 @@ type Manifest struct {
 	Hostname    string `json:"hostname,omitempty"`
 
 	Settings Settings `json:"settings"`
-	// Fingerprint maps each compared part of the spec to a hash of its value.
+	// Fingerprint maps each compared part of the spec to a hash of its value;
+	// in a template it is that of [ComputeTemplateFingerprint].
 	Fingerprint Fingerprint `json:"fingerprint"`
 
 	// Generation counts the dumps of this identity since a cold start, from 1.
@@ -132,6 +137,13 @@ func (m *Manifest) Validate() error {
 	}
 	if m.Identity.Hash() != m.ID.IdentityHash() {
 		return bad("id does not belong to identity %s", m.Identity)
+	}
+	if m.Template != "" {
+		for what, name := range map[string]string{"template": m.Template, "namespace of the template": m.Identity.Namespace} {
+			if err := ValidateTemplateName(name); err != nil {
+				return bad("%s: %v", what, err)
+			}
+		}
 	}
 	if m.RestoredFrom != "" {
 		if _, err := ParseID(string(m.RestoredFrom)); err != nil {

@@ -70,7 +70,8 @@ type Request struct {
 	ImageDigest string
 	Spec        *specs.Spec
 	// Fingerprint is of the spec as it was before anything of it was adapted
-	// to stasis; nil takes that of Spec.
+	// to stasis; nil takes that of Spec. For a template it is the template
+	// fingerprint.
 	Fingerprint checkpoint.Fingerprint
 	Settings    checkpoint.Settings
 	Hostname    string // of the pod; empty leaves the recorded one
@@ -185,7 +186,14 @@ func prepare(ctx context.Context, r Request) (*Plan, error) {
 // reason to start cold.
 func (r *Request) match() error {
 	m := r.Manifest
-	if m.Identity != r.Identity {
+	switch {
+	case m.Template != "":
+		// Any container of the namespace may begin from it that asks for it.
+		if m.Template != r.Settings.Template || m.Identity.Namespace != r.Identity.Namespace {
+			return fmt.Errorf("template: the checkpoint is template %q of namespace %q, the container asks for %q in %q",
+				m.Template, m.Identity.Namespace, r.Settings.Template, r.Identity.Namespace)
+		}
+	case m.Identity != r.Identity:
 		return fmt.Errorf("identity: the checkpoint is of %s, the container is %s", m.Identity, r.Identity)
 	}
 	if m.ImageDigest == "" || m.ImageDigest != r.ImageDigest {
@@ -197,6 +205,9 @@ func (r *Request) match() error {
 	live := r.Fingerprint
 	if live == nil {
 		live = checkpoint.ComputeFingerprint(r.Spec)
+		if m.Template != "" {
+			live = checkpoint.ComputeTemplateFingerprint(r.Spec)
+		}
 	}
 	if diff := m.Fingerprint.Diff(live); len(diff) > 0 {
 		return fmt.Errorf("spec: differs in %s", strings.Join(diff, ", "))

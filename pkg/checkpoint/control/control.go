@@ -1,5 +1,6 @@
 // Package control is the private service by which the CLI asks a shim to dump
-// a container without stopping it, and to let it go on. Each shim serves it on
+// a container without stopping it, for a reboot or as a template, and to let it
+// go on. Each shim serves it on
 // the socket on which it serves the task service.
 //
 // Invariants:
@@ -8,7 +9,8 @@
 //     checkpoint; it leaves that state by Abort, which removes the checkpoint
 //     before it thaws, or by its death.
 //   - A container for which Prepare failed runs on as before.
-//   - Each call is idempotent.
+//   - Each call is idempotent, except for Snapshot.
+//   - After Snapshot, with whatever result, the container runs on as before.
 //
 // Messages are JSON within one protobuf field: both ends are of one release,
 // and a reader ignores fields that it does not know.
@@ -79,6 +81,16 @@ type Server interface {
 	Prepare(ctx context.Context, containerID string) (Result, error)
 	// Abort removes the checkpoint and thaws; nothing to do is no error.
 	Abort(ctx context.Context, containerID string) error
+	// Snapshot dumps the container, lets it run on, and commits the dump as the
+	// newest version of a template of the container's namespace. It ends by
+	// ctx's deadline.
+	Snapshot(ctx context.Context, containerID, template string) (Result, error)
+}
+
+// snapshotRequest is the message of Snapshot.
+type snapshotRequest struct {
+	ContainerID string `json:"containerID"`
+	Template    string `json:"template"`
 }
 
 // Register adds the service to a shim's server.
@@ -88,6 +100,13 @@ func Register(server *ttrpc.Server, s Server) {
 		"Prepare": method(s.Prepare),
 		"Abort": method(func(ctx context.Context, id string) (struct{}, error) {
 			return struct{}{}, s.Abort(ctx, id)
+		}),
+		"Snapshot": method(func(ctx context.Context, request string) (Result, error) {
+			var r snapshotRequest
+			if err := json.Unmarshal([]byte(request), &r); err != nil {
+				return Result{}, fmt.Errorf("snapshot: %w: %w", checkpoint.ErrInvalid, err)
+			}
+			return s.Snapshot(ctx, r.ContainerID, r.Template)
 		}),
 	}})
 }
@@ -133,16 +152,25 @@ func (c Client) Abort(ctx context.Context, id string) error {
 	return err
 }
 
-func call[T any](ctx context.Context, c Client, name, id string) (v T, err error) {
+// Snapshot calls [Server.Snapshot].
+func (c Client) Snapshot(ctx context.Context, id, template string) (Result, error) {
+	request, err := json.Marshal(snapshotRequest{id, template})
+	if err != nil {
+		return Result{}, fmt.Errorf("snapshot of container %s: %w", id, err)
+	}
+	return call[Result](ctx, c, "Snapshot", string(request))
+}
+
+func call[T any](ctx context.Context, c Client, name, request string) (v T, err error) {
 	var answer wrapperspb.BytesValue
-	if err := c.t.Call(ctx, service, name, wrapperspb.String(id), &answer); err != nil {
+	if err := c.t.Call(ctx, service, name, wrapperspb.String(request), &answer); err != nil {
 		return v, errgrpc.ToNative(err)
 	}
 	if len(answer.Value) > maxMessage {
-		return v, fmt.Errorf("%s of container %s: an answer of %d bytes", name, id, len(answer.Value))
+		return v, fmt.Errorf("%s: an answer of %d bytes", name, len(answer.Value))
 	}
 	if err := json.Unmarshal(answer.Value, &v); err != nil {
-		return v, fmt.Errorf("%s of container %s: %w", name, id, err)
+		return v, fmt.Errorf("%s: %w", name, err)
 	}
 	return v, nil
 }

@@ -96,7 +96,7 @@ func (n *Node) Look(ctx context.Context) ([]Target, error) {
 	}
 	var targets []Target
 	for _, t := range all {
-		if t.Err == nil && t.Status.State == control.Stopped {
+		if t.Err == nil && (t.Status.State == control.Stopped || t.Status.Settings.Policy == checkpoint.PolicyTemplate) {
 			continue
 		}
 		if t.Err != nil {

@@ -82,8 +82,9 @@ func (k *testKubelet) Start(context.Context) error {
 
 // testShim is the control service of one container, as package shim has it.
 type testShim struct {
-	n   *testNode
-	key string
+	control.Server // what it does not mention is not called
+	n              *testNode
+	key            string
 
 	memory     int64
 	prepareErr error         // of Prepare

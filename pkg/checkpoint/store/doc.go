@@ -6,6 +6,7 @@
 //	.stage-ID-RANDOM/          being written; RANDOM.owner beside it says by whom
 //	checkpoints/HASH/ID/       committed
 //	claimed/HASH/ID/           being restored; claimed/HASH/ID.owner says by whom
+//	templates/NS/NAME/ID/      a version of a template; ID-RANDOM.pin beside it says who uses it
 //	quarantine/ID/             set aside for study, with reason.json and logs/
 //	.trash-RANDOM/             half removed
 //	.locks/0 to .locks/f       whose flock serialises changes, by first digit of HASH
@@ -15,6 +16,8 @@
 //   - A directory below checkpoints, claimed or quarantine is complete: all its
 //     files were durable before the rename that put it there. Until then it has
 //     another name, which readers never look at.
+//   - A version of a template is never changed and never claimed. It is not
+//     removed while a living process has pinned it.
 //   - A checkpoint is in one place at a time, and changes place only by a rename
 //     under its lock. So a claim has one winner.
 //   - An owner's file is whole before the directory that it speaks for has its

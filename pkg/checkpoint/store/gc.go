@@ -23,7 +23,8 @@ type SweepReport struct {
 }
 
 // Sweep tidies up after processes that died: it removes their stages and what
-// they were about to remove, and takes back what they had claimed. It goes on
+// they were about to remove, takes back what they had claimed, and calls
+// [Store.PruneTemplates]. It goes on
 // after errors and returns them joined. What live processes work on it leaves.
 func (s *Store) Sweep(ctx context.Context) (SweepReport, error) {
 	var r SweepReport
@@ -84,6 +85,9 @@ func (s *Store) Sweep(ctx context.Context) (SweepReport, error) {
 		if err := s.sweepOwners(ctx, h.Name()); err != nil {
 			errs = append(errs, err)
 		}
+	}
+	if err := s.sweepTemplates(ctx); err != nil {
+		errs = append(errs, err)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return r, fmt.Errorf("sweep: %w", err)

@@ -75,7 +75,8 @@ func (g *Stage) dropOwner() error {
 	return nil
 }
 
-// Commit makes the stage durable and then visible, in one step. It fills in
+// Commit makes the stage durable and then visible, in one step: as a version of
+// the template that m.Template names, or else as a checkpoint of m.Identity. It fills in
 // m.Files, m.Sizes.TotalBytes, m.Timings.FsyncMicros (until all files were
 // synced, while they were summed too) and m.Timings.CommitMicros (the rest; on
 // disk without the final rename, which it cannot know yet).
@@ -96,7 +97,7 @@ func (g *Stage) Commit(ctx context.Context, m *checkpoint.Manifest) error {
 	// A copy, for seal may still be at work when we no longer wait for it.
 	sealed, err := await(ctx, func() (*checkpoint.Manifest, error) { return g.seal(ctx, *m, start) })
 	if err == nil {
-		err = g.publish(ctx)
+		err = g.publish(ctx, g.s.place(m))
 	}
 	if err != nil {
 		return fmt.Errorf("commit checkpoint %s: %w", g.id, err)
@@ -186,7 +187,7 @@ func (g *Stage) seal(ctx context.Context, m checkpoint.Manifest, start time.Time
 }
 
 // publish gives the sealed stage its final name.
-func (g *Stage) publish(ctx context.Context) error {
+func (g *Stage) publish(ctx context.Context, place string) error {
 	l, err := g.s.lock(ctx, g.id)
 	if err != nil {
 		return err
@@ -195,7 +196,9 @@ func (g *Stage) publish(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	err = g.s.move(g.dir, g.s.committedPath(g.id))
+	if err = g.s.mkdirPlace(place); err == nil {
+		err = g.s.move(g.dir, place)
+	}
 	if err == nil {
 		return nil
 	}
@@ -203,7 +206,7 @@ func (g *Stage) publish(ctx context.Context) error {
 	// manifest at least, and is never restored: its container runs on.
 	if there, lerr := g.s.exists(g.dir); lerr == nil && !there {
 		err = errors.Join(err, fmt.Errorf("could not go back: %w", checkpoint.ErrCorrupt),
-			g.s.fs.Remove(filepath.Join(g.s.committedPath(g.id), checkpoint.ManifestFile)))
+			g.s.fs.Remove(filepath.Join(place, checkpoint.ManifestFile)))
 	}
 	return err
 }

@@ -86,7 +86,7 @@ func Open(fsys fsys.FS, root string) (*Store, error) {
 	if bad != "" {
 		return nil, fmt.Errorf("store: %s %s: %w", s.root, bad, checkpoint.ErrInvalid)
 	}
-	for _, name := range []string{committedDir, claimedDir, quarantineDir, locksDir} {
+	for _, name := range []string{committedDir, claimedDir, quarantineDir, templatesDir, locksDir} {
 		if err := s.mkdir(s.path(name)); err != nil {
 			return nil, fmt.Errorf("store: %w", err)
 		}
