@@ -156,14 +156,25 @@ func (s *service) stop(ctx context.Context, c *container, r *taskAPI.KillRequest
 func (s *service) killFrozen(ctx context.Context, c *container) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
 	defer cancel()
+	c.killGroup(ctx)
+	c.end()
+	return s.kill(ctx, &taskAPI.KillRequest{ID: c.id, Signal: uint32(unix.SIGKILL)})
+}
+
+// killGroup kills all processes of a frozen container and thaws it. Version 1
+// delivers no signal before the thaw. On version 2 the processes are gone before,
+// and without it runc would find a container that is paused, for ever.
+func (c *container) killGroup(ctx context.Context) {
 	c.mu.Lock()
 	cg := c.cgroup
 	c.mu.Unlock()
-	if err := cg.killAll(); err != nil {
-		log.G(ctx).WithError(err).Warn("kill frozen processes")
+	err := cg.killAll()
+	if err == nil {
+		err = thaw(cg)
 	}
-	c.end()
-	return s.kill(ctx, &taskAPI.KillRequest{ID: c.id, Signal: uint32(unix.SIGKILL)})
+	if err != nil {
+		log.G(ctx).WithField("container_id", c.id).WithError(err).Warn("kill frozen processes")
+	}
 }
 
 func (s *service) kill(ctx context.Context, r *taskAPI.KillRequest) error {

@@ -156,6 +156,7 @@ func (s *service) beginPrepare(ctx context.Context, c *container) (job *dumpJob,
 		// the kernel for want of memory.
 		_, err := s.TTRPCTaskService.Wait(life, &taskAPI.WaitRequest{ID: c.id})
 		if err == nil && c.waitWhile(life, opAborting) == nil && c.turn(opPrepared, opDump) {
+			c.killGroup(life) // its cgroup is still frozen
 			c.end()
 		}
 	}()
@@ -247,18 +248,8 @@ func (s *service) killPrepared(ctx context.Context) error {
 	all := slices.Collect(maps.Values(s.containers))
 	s.mu.Unlock()
 	for _, c := range all {
-		if !c.turn(opPrepared, opDump) {
-			continue
-		}
-		c.mu.Lock()
-		cg := c.cgroup
-		c.mu.Unlock()
-		err := cg.killAll()
-		if err == nil {
-			err = thaw(cg) // version 1 delivers no signal before
-		}
-		if err != nil {
-			log.G(ctx).WithField("container_id", c.id).WithError(err).Error("kill prepared container")
+		if c.turn(opPrepared, opDump) {
+			c.killGroup(ctx)
 		}
 	}
 	return nil

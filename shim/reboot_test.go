@@ -114,7 +114,10 @@ func (m *machine) Kill(_ context.Context, r *taskAPI.KillRequest) (*emptypb.Empt
 	m.mu.Lock()
 	m.signals = append(m.signals, r.Signal)
 	m.mu.Unlock()
-	if r.Signal == 9 {
+	m.mu.Lock()
+	dead := m.dead
+	m.mu.Unlock()
+	if r.Signal == 9 && !dead { // runc thaws only what it kills
 		return empty, errors.Join(m.killAll(), m.thaw())
 	}
 	return empty, nil
@@ -307,6 +310,9 @@ func TestKillPrepared(t *testing.T) {
 				}
 				if _, err := s.Prepare(t.Context(), "c"); !errdefs.IsFailedPrecondition(err) && !errdefs.IsUnavailable(err) {
 					t.Errorf("prepare of a dead container: %v", err)
+				}
+				if m.frozen {
+					t.Error("runc would find it paused")
 				}
 				if _, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: "c"}); err != nil {
 					t.Errorf("delete: %v", err)
