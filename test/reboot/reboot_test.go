@@ -143,15 +143,21 @@ func (n *node) prepare(flags string) {
 	n.t.Log(n.must(5*time.Minute, "stasis prepare-reboot --stop-kubelet "+flags))
 }
 
-// reboot asks systemd for it, as an operator does, and waits for the machine's end.
+// reboot asks systemd for it, as an operator does.
 func (n *node) reboot() {
 	n.t.Helper()
+	n.shutdown("systemctl reboot")
+}
+
+// shutdown waits for the machine's end, which may come before the command's.
+func (n *node) shutdown(command string) {
+	n.t.Helper()
 	begin := time.Now()
-	if _, err := n.sh(5*time.Minute, "systemctl reboot"); err != nil { // its end may come before the answer
-		n.log("systemctl reboot: %v", err)
+	if _, err := n.sh(offLimit, command); err != nil {
+		n.log("%s: %v", command, err)
 	}
 	n.off(offLimit)
-	n.log("systemctl reboot took %.0f s", time.Since(begin).Seconds())
+	n.log("%s took %.0f s", command, time.Since(begin).Seconds())
 }
 
 // saved is the node that all tests begin with: it has booted once, with kernel
@@ -227,6 +233,16 @@ func TestReboot(t *testing.T) {
 	n.on("6.12", defaultCPU)
 	n.up(bootLimit)
 	t.Run("7.2 to 6.12, unattended", func(t *testing.T) { n.sub(t, func() { n.goneOn("6.12", before, seen) }) })
+}
+
+// TestRebootWithoutLogind: a shutdown that does not ask logind, and so is not
+// held up; only the order of the units is left.
+func TestRebootWithoutLogind(t *testing.T) {
+	n, before := ready(t)
+	n.shutdown("systemctl start --no-block --job-mode=replace-irreversibly reboot.target")
+	n.on("7.2", defaultCPU)
+	n.up(bootLimit)
+	n.goneOn("7.2", before, saved.events)
 }
 
 // sub lets the node report to a subtest.
