@@ -45,29 +45,7 @@ what stasis verify does.`,
 			if err != nil {
 				return err
 			}
-			report, imageErr := criu.Inspect(filepath.Join(r.Path, checkpoint.ImageDir))
-			if report != nil {
-				p.filter(report)
-			}
-			if c.output == "json" {
-				out := struct {
-					recordJSON
-					Images      *criu.Report `json:"images,omitempty"`
-					ImagesError string       `json:"imagesError,omitempty"`
-				}{recordJSON: toJSON(r), Images: report}
-				if imageErr != nil {
-					out.ImagesError = imageErr.Error()
-				}
-				err = c.printJSON(out)
-			} else {
-				if err = c.printRecord(r); err == nil && report != nil {
-					err = c.printReport(report, p)
-				}
-			}
-			if imageErr != nil {
-				err = errors.Join(err, fmt.Errorf("checkpoint %s: %w", r.ID, imageErr))
-			}
-			return err
+			return c.inspect(r, p)
 		},
 	}
 	f := cmd.Flags()
@@ -76,6 +54,33 @@ what stasis verify does.`,
 	f.BoolVar(&p.files, "files", false, "show the open files")
 	f.BoolVar(&p.sockets, "sockets", false, "show the sockets")
 	return cmd
+}
+
+// inspect shows a record and what its images hold.
+func (c *cli) inspect(r store.Record, p parts) (err error) {
+	report, imageErr := criu.Inspect(filepath.Join(r.Path, checkpoint.ImageDir))
+	if report != nil {
+		p.filter(report)
+	}
+	if c.output == "json" {
+		out := struct {
+			recordJSON
+			Images      *criu.Report `json:"images,omitempty"`
+			ImagesError string       `json:"imagesError,omitempty"`
+		}{recordJSON: toJSON(r), Images: report}
+		if imageErr != nil {
+			out.ImagesError = imageErr.Error()
+		}
+		err = c.printJSON(out)
+	} else {
+		if err = c.printRecord(r); err == nil && report != nil {
+			err = c.printReport(report, p)
+		}
+	}
+	if imageErr != nil {
+		err = errors.Join(err, fmt.Errorf("checkpoint %s: %w", r.ID, imageErr))
+	}
+	return err
 }
 
 func (p parts) filter(r *criu.Report) {
@@ -112,6 +117,9 @@ func (c *cli) printRecord(r store.Record) error {
 	}
 	if m := r.Manifest; m != nil {
 		t.row("Identity:", m.Identity.String())
+		if m.Template != "" {
+			t.row("Template:", m.Identity.Namespace+"/"+m.Template)
+		}
 		t.row("Created:", m.CreatedAt.UTC().Format("2006-01-02 15:04:05 UTC")+" ("+age(m.CreatedAt)+" ago)")
 		t.row("Pod:", m.PodName+" "+m.PodUID)
 		t.row("Container:", m.ContainerID)

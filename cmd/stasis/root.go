@@ -139,7 +139,7 @@ Exit codes:
 		panic(err) // the flag is defined above
 	}
 	root.AddCommand(c.lsCommand(), c.inspectCommand(), c.rmCommand(), c.gcCommand(), c.verifyCommand(),
-		c.eventsCommand(), c.exportCommand(), c.importCommand(), c.coreCommand(), c.doctorCommand(), c.statusCommand(), c.prepareRebootCommand(), c.versionCommand())
+		c.eventsCommand(), c.exportCommand(), c.importCommand(), c.coreCommand(), c.doctorCommand(), c.statusCommand(), c.prepareRebootCommand(), c.templateCommand(), c.versionCommand())
 	return root
 }
 

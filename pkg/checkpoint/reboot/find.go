@@ -174,3 +174,13 @@ func (c *Container) Status(ctx context.Context) (s control.Status, err error) {
 	})
 	return s, err
 }
+
+// Snapshot asks the container's shim to make a version of a template, see
+// [control.Server].
+func (c *Container) Snapshot(ctx context.Context, template string) (r control.Result, err error) {
+	err = c.call(ctx, func(ctx context.Context, shim control.Client) error {
+		r, err = shim.Snapshot(ctx, c.ID, template)
+		return err
+	})
+	return r, err
+}
