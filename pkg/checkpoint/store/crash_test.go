@@ -70,6 +70,17 @@ func prepareClaim(t *testing.T, s *Store, w world) {
 	must(t, err)
 }
 
+// shop is the template that next is made of.
+const shop = "shop"
+
+func (w world) template() TemplateRef { return TemplateRef{alice.Namespace, shop, w.next.ID} }
+
+func prepareTemplate(t *testing.T, s *Store, w world) {
+	m := *w.next
+	m.Template = shop
+	must(t, commit(t.Context(), s, &m))
+}
+
 // gone makes a retry of something that removes fit for a second success.
 func gone(err error) error {
 	if errors.Is(err, checkpoint.ErrNotFound) {
@@ -126,6 +137,37 @@ var scenarios = map[string]scenario{
 			return err
 		},
 		before: map[string]State{"old": Committed, "middle": Committed}, after: map[string]State{"old": "", "middle": ""},
+	},
+	"commit a template": {
+		run: func(ctx context.Context, s *Store, w world) error {
+			m := *w.next
+			m.Template = shop
+			return commit(ctx, s, &m)
+		},
+		before: map[string]State{"next": ""}, after: map[string]State{"next": isTemplate},
+	},
+	"pin a template": {
+		prepare: prepareTemplate,
+		run: func(ctx context.Context, s *Store, w world) error {
+			pin, err := s.PinTemplate(ctx, w.template(), "container")
+			if err != nil {
+				return err
+			}
+			return errors.Join(pin.Verify(ctx), pin.Release(ctx))
+		},
+		before: map[string]State{"next": isTemplate}, after: map[string]State{"next": isTemplate},
+	},
+	"remove a template": {
+		prepare: prepareTemplate,
+		run:     func(ctx context.Context, s *Store, w world) error { return gone(s.RemoveTemplate(ctx, w.template())) },
+		before:  map[string]State{"next": isTemplate}, after: map[string]State{"next": ""},
+	},
+	"quarantine a template": {
+		prepare: prepareTemplate,
+		run: func(ctx context.Context, s *Store, w world) error {
+			return s.QuarantineTemplate(ctx, w.template(), "reason", nil)
+		},
+		before: map[string]State{"next": isTemplate}, after: map[string]State{"next": Quarantined},
 	},
 	"take back a stale claim": {
 		prepare: func(t *testing.T, s *Store, w world) {
@@ -331,7 +373,7 @@ func TestFailingOperation(t *testing.T) {
 							t.Errorf("%s: cause is lost", what)
 						}
 						switch name {
-						case "gc", "quarantine", "quarantine a claim", "sweep", "take back a stale claim": // these have steps
+						case "gc", "quarantine", "quarantine a claim", "quarantine a template", "sweep", "take back a stale claim": // these have steps
 							sc.check(t, s, w, sc.before, sc.after)
 						default:
 							sc.check(t, s, w, sc.before)

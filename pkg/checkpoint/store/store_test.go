@@ -133,8 +133,19 @@ func states(t testing.TB, s *Store) map[checkpoint.ID]State {
 		}
 		got[r.ID] = r.State
 	}
+	templates, err := s.Templates(t.Context())
+	must(t, err)
+	for _, v := range templates {
+		if err := s.VerifyTemplate(t.Context(), v.TemplateRef); err != nil {
+			t.Errorf("template %s: %v", v.TemplateRef, err)
+		}
+		got[v.Version] = isTemplate
+	}
 	return got
 }
+
+// isTemplate is the state of a template's version in these tests.
+const isTemplate State = "template"
 
 // tidy fails if the root holds anything that Sweep should have removed. An
 // owner's file alone that is torn has to stay for its time of grace.
@@ -152,6 +163,15 @@ func tidy(t testing.TB, s *Store) {
 			t.Errorf("left over: %s", e.Name())
 		}
 	}
+	must(t, s.eachTemplate(t.Context(), func(namespace, name string) error {
+		entries, err := s.fs.ReadDir(s.path(templatesDir, namespace, name))
+		for _, e := range entries {
+			if o, alive, err := s.owner(s.path(templatesDir, namespace, name, e.Name())); !e.IsDir() && (err != nil || o != nil || !alive) {
+				t.Errorf("left over: %s", e.Name())
+			}
+		}
+		return err
+	}))
 	hashes, err := s.fs.ReadDir(s.path(claimedDir))
 	must(t, err)
 	for _, h := range hashes {
