@@ -176,7 +176,7 @@ var (
 // there yet.
 func (n *node) look(ctx context.Context) (state, error) {
 	s := state{pods: map[string]pod{}, logs: map[string]map[int]ends{}, facts: map[string]facts{}}
-	out, err := n.sh(time.Minute, "curl -sk --max-time 50 https://127.0.0.1:10250/pods && echo && { "+heads+"\n}")
+	out, err := n.sh(2*time.Minute, "curl -sk --max-time 100 https://127.0.0.1:10250/pods && echo && { "+heads+"\n}")
 	if err != nil {
 		return s, err
 	}
@@ -216,8 +216,6 @@ func (n *node) look(ctx context.Context) (state, error) {
 		p := s.pods[w.name]
 		f := facts{map[string]string{}, map[string]int64{}}
 		miss := func(format string, args ...any) {
-			mu.Lock()
-			defer mu.Unlock()
 			missing = append(missing, w.name+": "+fmt.Sprintf(format, args...))
 		}
 		if p.Metadata.UID != w.uid(n.generation[w.name]) {
@@ -243,6 +241,12 @@ func (n *node) look(ctx context.Context) (state, error) {
 			f.grows[c.name] = e.last
 		}
 		s.facts[w.name] = f
+	}
+	if len(missing) > 0 { // the machine has enough to do
+		slices.Sort(missing)
+		return s, errors.New(strings.Join(missing, "; "))
+	}
+	for _, w := range n.pods {
 		if w.ask == nil {
 			continue
 		}
@@ -251,14 +255,14 @@ func (n *node) look(ctx context.Context) (state, error) {
 			defer wg.Done()
 			ctx, cancel := context.WithTimeout(ctx, 40*time.Second)
 			defer cancel()
-			f, err := w.ask(ctx, n, p.Status.PodIP)
+			f, err := w.ask(ctx, n, s.pods[w.name].Status.PodIP)
+			mu.Lock()
+			defer mu.Unlock()
 			if err != nil {
-				miss("%v", err)
+				missing = append(missing, fmt.Sprintf("%s: %v", w.name, err))
 				return
 			}
-			mu.Lock()
 			s.facts[w.name] = f
-			mu.Unlock()
 		}()
 	}
 	wg.Wait()

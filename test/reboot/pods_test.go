@@ -166,7 +166,8 @@ func kinds() []workload {
   - {name: init, image: "127.0.0.1:5000/busybox:latest", imagePullPolicy: IfNotPresent, command: [sh, -c, "echo made >>/made/by-init"], volumeMounts: [{name: made, mountPath: /made}]}
   volumes: [{name: made, emptyDir: {}}]
 `},
-		{name: "redis", policy: "reboot", containers: []container{{name: "redis", image: "redis"}}, ask: askRedis, tell: tellRedis},
+		{name: "redis", policy: "reboot", containers: []container{{name: "redis", image: "redis",
+			command: []string{"redis-server", "--protected-mode", "no", "--save", "", "--dir", "/data", "--hz", "1"}}}, ask: askRedis, tell: tellRedis},
 		{name: "nginx", policy: "reboot", containers: []container{{name: "nginx", image: "nginx",
 			command: []string{"sh", "-c", "echo '" + nginxConf + "' >/etc/nginx/nginx.conf; exec nginx -g 'daemon off;'"},
 			more:    "    livenessProbe: {httpGet: {path: /, port: 80}, initialDelaySeconds: 60, periodSeconds: 20, timeoutSeconds: 20}\n"}},
@@ -222,7 +223,8 @@ func (w workload) manifest(generation int) string {
 	}
 	fmt.Fprintf(&b, "  annotations: %s\nspec:\n  terminationGracePeriodSeconds: 30\n%s  containers:\n", quote(notes), w.more)
 	for _, c := range w.containers {
-		fmt.Fprintf(&b, "  - name: %s\n    image: 127.0.0.1:5000/%s:latest\n    imagePullPolicy: IfNotPresent\n%s", c.name, c.image, c.more)
+		// The request gives the pods a share of the one processor that the node's own services leave them.
+		fmt.Fprintf(&b, "  - name: %s\n    image: 127.0.0.1:5000/%s:latest\n    imagePullPolicy: IfNotPresent\n    resources: {requests: {cpu: 40m}}\n%s", c.name, c.image, c.more)
 		if c.command != nil {
 			fmt.Fprintf(&b, "    command: %s\n", quote(c.command))
 		}
@@ -310,7 +312,7 @@ var requests = regexp.MustCompile(`\n (\d+) (\d+) (\d+) `)
 // share. The facts hold the processes that answer.
 func askNginx(ctx context.Context, n *node, ip string) (f facts, err error) {
 	workers := map[string]bool{}
-	for range 6 {
+	for range 3 {
 		_, header, err := n.get(ctx, "http://"+ip+"/")
 		if err != nil {
 			return f, err
