@@ -42,6 +42,12 @@ func TestParseSettings(t *testing.T) {
 		"internal is not ours":  {map[string]string{checkpoint.InternalPolicy: "resume"}, off, ""},
 		"spaces are not cut":    {map[string]string{p: " resume"}, off, p},
 		"key without a policy":  {map[string]string{"stasis.dev/key": "../x"}, off, ""},
+		"template's source":     {map[string]string{p: "template"}, with(func(s *checkpoint.Settings) { s.Policy = checkpoint.PolicyTemplate }), ""},
+		"template":              {map[string]string{"stasis.dev/template": "shop"}, with(func(s *checkpoint.Settings) { s.Policy, s.Template = checkpoint.PolicyTemplate, "shop" }), ""},
+		"template and resume":   {map[string]string{p: "resume", "template.stasis.dev/container.app": "shop"}, with(func(s *checkpoint.Settings) { s.Template = "shop" }), ""},
+		"template, but off":     {map[string]string{p: "off", "stasis.dev/template": "shop"}, off, ""},
+		"template is a path":    {map[string]string{"stasis.dev/template": "../x"}, off, "stasis.dev/template"},
+		"no template here":      {map[string]string{"stasis.dev/template": "shop", "template.stasis.dev/container.app": ""}, off, ""},
 		"oversized, not policy": {map[string]string{"stasis.dev/tcp": strings.Repeat("x", 257)}, off, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -75,9 +81,22 @@ func TestValidateKey(t *testing.T) {
 	}
 }
 
+func TestValidateTemplateName(t *testing.T) {
+	for name, ok := range map[string]bool{
+		"a": true, "0": true, "shop-2": true, strings.Repeat("x", 63): true,
+		"": false, strings.Repeat("x", 64): false, ".": false, "..": false, "a.b": false, "-a": false, "a-": false, "A": false,
+		"a/b": false, "a b": false, "a\n": false, "a\x00": false, "ä": false, "a_b": false, "a@b": false,
+	} {
+		err := checkpoint.ValidateTemplateName(name)
+		if (err == nil) != ok || err != nil && !errors.Is(err, checkpoint.ErrInvalid) {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}
+
 func TestReserved(t *testing.T) {
 	for name, want := range map[string]bool{
-		checkpoint.InternalPolicy: true, checkpoint.InternalCheckpointID: true, "stasis.dev/internal.new": true, "org.criu.config": true,
+		checkpoint.InternalPolicy: true, checkpoint.InternalCheckpointID: true, checkpoint.InternalTemplateVersion: true, "stasis.dev/internal.new": true, "org.criu.config": true,
 		checkpoint.AnnotationPolicy: false, "stasis.dev/internal": false, "org.criu.config2": false, "": false,
 	} {
 		if got := checkpoint.Reserved(name); got != want {
@@ -121,7 +140,7 @@ func FuzzParseSettings(f *testing.F) {
 // TestContainerAnnotation: the form for one container is a name that Kubernetes
 // accepts: one slash, a DNS subdomain before it, at most 63 bytes after it.
 func TestContainerAnnotation(t *testing.T) {
-	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP} {
+	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate} {
 		got := checkpoint.ContainerAnnotation(name, strings.Repeat("c", 53))
 		prefix, rest, _ := strings.Cut(got, "/")
 		if strings.Contains(rest, "/") || len(rest) > 63 || !strings.HasSuffix(prefix, ".stasis.dev") {

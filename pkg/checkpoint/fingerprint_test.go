@@ -121,3 +121,45 @@ func TestFingerprintStays(t *testing.T) {
 		t.Errorf("differs in %q from what is recorded:\n%s", d, out)
 	}
 }
+
+// TestTemplateFingerprint: of the environment only what Kubernetes says of
+// services does not count, and all else as in the fingerprint of a checkpoint.
+func TestTemplateFingerprint(t *testing.T) {
+	head := []string{"DB_SERVICE_HOST=10.0.0.1", "DB_SERVICE_PORT=5432"}
+	rest := []string{"DB_SERVICE_PORT_PG=5432", "DB_PORT=tcp://10.0.0.1:5432", "DB_PORT_5432_TCP=tcp://10.0.0.1:5432",
+		"DB_PORT_5432_TCP_PROTO=tcp", "DB_PORT_5432_TCP_PORT=5432", "DB_PORT_5432_TCP_ADDR=10.0.0.1"}
+	base := checkpoint.ComputeTemplateFingerprint(spec())
+	if d := base.Diff(checkpoint.ComputeFingerprint(spec())); len(d) != 0 {
+		t.Errorf("without services it differs in %q", d)
+	}
+	for name, test := range map[string]struct {
+		env  []string // added
+		same bool
+	}{
+		"nothing":               {nil, true},
+		"a service":             {slices.Concat(head, rest), true},
+		"in another order":      {slices.Concat(rest, head), true},
+		"IPv6":                  {[]string{"DB_SERVICE_HOST=fd00::1", "DB_SERVICE_PORT=5432", "DB_PORT_5432_UDP=udp://[fd00::1]:5432"}, true},
+		"no head":               {rest, false},
+		"no host":               {slices.Concat(head[1:], rest), false},
+		"host is a name":        {[]string{"DB_SERVICE_HOST=db.example.com", "DB_SERVICE_PORT=5432"}, false},
+		"port is a name":        {[]string{"DB_SERVICE_HOST=10.0.0.1", "DB_SERVICE_PORT=pg"}, false},
+		"one's own port":        {[]string{"APP_PORT=8080"}, false},
+		"own port of a service": {slices.Concat(head, []string{"DB_PORT=8080"}), false},
+		"another's":             {slices.Concat(head, []string{"APP_PORT=tcp://10.0.0.1:5432"}), false},
+		"like a port":           {slices.Concat(head, []string{"DB_SERVICE_PORTS=1"}), false},
+		"no name":               {[]string{"_SERVICE_HOST=10.0.0.1", "_SERVICE_PORT=1"}, false},
+		"one's own":             {slices.Concat(head, []string{"B=1"}), false},
+		"number too large":      {slices.Concat(head, []string{"DB_PORT_543200_TCP=tcp://10.0.0.1:543200"}), false},
+	} {
+		s := spec()
+		s.Process.Env = append(s.Process.Env, test.env...)
+		d := base.Diff(checkpoint.ComputeTemplateFingerprint(s))
+		if (len(d) == 0) != test.same || len(d) > 0 && d[0] != "env" {
+			t.Errorf("%s: differs in %q", name, d)
+		}
+		if len(test.env) > 0 && len(base.Diff(checkpoint.ComputeFingerprint(s))) == 0 {
+			t.Errorf("%s: the fingerprint of a checkpoint does not count it", name)
+		}
+	}
+}

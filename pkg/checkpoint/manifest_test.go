@@ -50,12 +50,17 @@ func TestManifestValidate(t *testing.T) {
 		return func(m *checkpoint.Manifest) { m.Files[0].Path = p }
 	}
 	for name, change := range map[string]func(m *checkpoint.Manifest){
-		"no version":            func(m *checkpoint.Manifest) { m.FormatVersion = 0 },
-		"newer version":         func(m *checkpoint.Manifest) { m.FormatVersion++ },
-		"id":                    func(m *checkpoint.Manifest) { m.ID = "../x" },
-		"id of another":         func(m *checkpoint.Manifest) { m.ID = "0123456789abcdef-20260102T150405-89abcdef" },
-		"identity":              func(m *checkpoint.Manifest) { m.Identity.Key = "a/b" },
-		"identity of another":   func(m *checkpoint.Manifest) { m.Identity.Key = "db-1" },
+		"no version":          func(m *checkpoint.Manifest) { m.FormatVersion = 0 },
+		"newer version":       func(m *checkpoint.Manifest) { m.FormatVersion++ },
+		"id":                  func(m *checkpoint.Manifest) { m.ID = "../x" },
+		"id of another":       func(m *checkpoint.Manifest) { m.ID = "0123456789abcdef-20260102T150405-89abcdef" },
+		"identity":            func(m *checkpoint.Manifest) { m.Identity.Key = "a/b" },
+		"identity of another": func(m *checkpoint.Manifest) { m.Identity.Key = "db-1" },
+		"template":            func(m *checkpoint.Manifest) { m.Template = "../x" },
+		"template's namespace": func(m *checkpoint.Manifest) {
+			m.Template, m.Identity.Namespace = "x", ".."
+			m.ID = checkpoint.NewID(m.Identity, m.CreatedAt)
+		},
 		"restored from":         func(m *checkpoint.Manifest) { m.RestoredFrom = "x" },
 		"negative size":         func(m *checkpoint.Manifest) { m.Files[0].SizeBytes = -1 },
 		"twice":                 file("volumes/0.layer"),

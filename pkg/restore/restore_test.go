@@ -89,6 +89,38 @@ func TestPrepareTCP(t *testing.T) {
 	}
 }
 
+// TestPrepareTemplate: whoever of the namespace asks for the template gets it,
+// where image and spec are the same but for the services that there are.
+func TestPrepareTemplate(t *testing.T) {
+	service := []string{"DB_SERVICE_HOST=10.0.0.1", "DB_SERVICE_PORT=5432"}
+	for name, tc := range map[string]struct {
+		change func(*Request)
+		text   string // of the mismatch
+	}{
+		"another pod":       {func(r *Request) { r.Identity.Key = "other" }, ""},
+		"another container": {func(r *Request) { r.Identity.Container = "other" }, ""},
+		"services":          {func(r *Request) { r.Spec.Process.Env = append(r.Spec.Process.Env, service...) }, ""},
+		"namespace":         {func(r *Request) { r.Identity.Namespace = "other" }, `template "shop" of namespace "default", the container asks for "shop" in "other"`},
+		"template":          {func(r *Request) { r.Settings.Template = "bank" }, `asks for "bank"`},
+		"not asked for":     {func(r *Request) { r.Settings.Template = "" }, `asks for ""`},
+		"no template":       {func(r *Request) { r.Manifest.Template, r.Identity.Key = "", "other" }, "identity"},
+		"digest":            {func(r *Request) { r.ImageDigest = "sha256:2" }, "image digest"},
+		"spec":              {func(r *Request) { r.Spec.Process.Env = append(r.Spec.Process.Env, "A=1") }, "differs in env"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRequest(t)
+			r.Manifest.Template, r.Settings.Template, r.Settings.Policy = "shop", "shop", checkpoint.PolicyTemplate
+			r.Manifest.Fingerprint = checkpoint.ComputeTemplateFingerprint(r.Spec)
+			tc.change(r)
+			_, err := Prepare(context.Background(), *r)
+			var refusal *Refusal
+			if tc.text == "" && err != nil || tc.text != "" && (!errors.As(err, &refusal) || refusal.Code != Mismatch || !strings.Contains(err.Error(), tc.text)) {
+				t.Errorf("error %v, want %q", err, tc.text)
+			}
+		})
+	}
+}
+
 func TestPrepareRefuses(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(*Request)
