@@ -23,9 +23,10 @@ build: ## Build the shim, the daemon and the CLI into bin/
 
 .PHONY: install
 install: build ## Install binaries below PREFIX, systemd units and logind's setting (root)
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/systemd/system $(DESTDIR)/etc/systemd/logind.conf.d
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/systemd/system $(DESTDIR)/etc/systemd/logind.conf.d $(DESTDIR)/etc/systemd/system/cri-containerd-.scope.d
 	install -m 0755 $(COMMANDS:%=bin/%) $(DESTDIR)$(PREFIX)/bin/
 	install -m 0644 contrib/systemd/*.service $(DESTDIR)/etc/systemd/system/
+	install -m 0644 contrib/systemd/cri-containerd-.scope.d/stasis.conf $(DESTDIR)/etc/systemd/system/cri-containerd-.scope.d/
 	install -m 0644 contrib/systemd/logind-stasis.conf $(DESTDIR)/etc/systemd/logind.conf.d/stasis.conf
 
 .PHONY: check

@@ -68,11 +68,15 @@ func TestUnits(t *testing.T) {
 	if err == nil {
 		err = cmd.ParseFlags(rest)
 	}
-	if err != nil || cmd.Name() != "prepare-reboot" || cmd.Flag("best-effort").Value.String() != "true" || cmd.Flag("timeout").Value.String() != "4m40s" {
+	if err != nil || cmd.Name() != "prepare-reboot" || cmd.Flag("best-effort").Value.String() != "true" || cmd.Flag("kill").Value.String() != "true" || cmd.Flag("timeout").Value.String() != "4m40s" {
 		t.Errorf("%q: %v, %v", args, cmd.Name(), err)
 	}
 	if d := unitFile(t, "stasisd.service"); !slices.Contains(d["Service.ExecStart"], "--inhibit-shutdown") || strings.Join(d["Unit.Before"], " ") != "kubelet.service" {
 		t.Errorf("stasisd: %v", d)
+	}
+	// A unit that is Before another is stopped after it.
+	if s := unitFile(t, "cri-containerd-.scope.d/stasis.conf"); strings.Join(s["Unit.Before"], " ") != prepareUnit {
+		t.Errorf("scopes: %v", s)
 	}
 	if l := unitFile(t, "logind-stasis.conf"); strings.Join(l["Login.InhibitDelayMaxSec"], "") != "300" {
 		t.Errorf("logind: %v", l)
@@ -91,7 +95,7 @@ func TestStopOfUnit(t *testing.T) {
 	script = strings.ReplaceAll(script, "/usr/local/bin/stasis", filepath.Join(dir, "stasis"))
 	writeFile(t, filepath.Join(dir, "stasis"), "#!/bin/sh\necho ran $*\n", 0o755)
 	for state, want := range map[string]string{"running": "", "degraded": "", "maintenance": "", "starting": "",
-		"stopping": "ran prepare-reboot --best-effort --timeout 280s --kubelet-unit k3s.service\n"} {
+		"stopping": "ran prepare-reboot --best-effort --kill --timeout 280s --kubelet-unit k3s.service\n"} {
 		writeFile(t, filepath.Join(dir, "systemctl"), "#!/bin/sh\necho "+state+"\nexit 1\n", 0o755)
 		cmd := exec.Command("/bin/sh", "-c", script)
 		cmd.Env = []string{"PATH=" + dir + ":" + os.Getenv("PATH"), "STASIS_PREPARE_OPTIONS=--kubelet-unit k3s.service"}
@@ -275,6 +279,7 @@ func TestInstallScript(t *testing.T) {
 	for name, mode := range map[string]os.FileMode{
 		"usr/local/bin/stasis": 0o755, "usr/local/bin/stasisd": 0o755, "usr/local/bin/containerd-shim-stasis-v2": 0o755,
 		"etc/systemd/system/stasisd.service": 0o644, "etc/systemd/system/" + prepareUnit: 0o644, "etc/systemd/logind.conf.d/stasis.conf": 0o644,
+		"etc/systemd/system/cri-containerd-.scope.d/stasis.conf": 0o644,
 	} {
 		if fi, err := os.Stat(filepath.Join(host, name)); err != nil || fi.Mode().Perm() != mode {
 			t.Errorf("%s: %v, %v", name, fi, err)

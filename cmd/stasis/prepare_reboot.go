@@ -48,6 +48,8 @@ A signal ends the waiting. What is dumped then stays frozen and dumped.`,
 				return usageError{errors.New("--stop-kubelet and --ignore-kubelet exclude each other")}
 			case dryRun && abort:
 				return usageError{errors.New("--dry-run and --abort exclude each other")}
+			case o.Kill && (dryRun || abort):
+				return usageError{errors.New("--kill goes with neither --dry-run nor --abort")}
 			case o.Timeout <= 0:
 				return usageError{fmt.Errorf("--timeout %v: want more than nothing", o.Timeout)}
 			case stop:
@@ -76,6 +78,7 @@ A signal ends the waiting. What is dumped then stays frozen and dumped.`,
 	f.StringVar(&unit, "kubelet-unit", "kubelet.service", "systemd unit of the kubelet")
 	f.DurationVar(&o.Timeout, "timeout", 5*time.Minute, "how long all dumps may take together")
 	f.BoolVar(&o.BestEffort, "best-effort", false, "succeed though containers are not dumped, and begin though the store has too little room")
+	f.BoolVar(&o.Kill, "kill", false, "kill what is dumped in the end; for a node that goes down for certain")
 	f.StringVar(&n.ContainerdState, "containerd-state", "/run/containerd", "containerd's state directory")
 	return cmd
 }
@@ -114,6 +117,10 @@ func (c *cli) prepareReboot(ctx context.Context, n *reboot.Node, o reboot.Option
 	}
 	if !m.Complete() && !o.BestEffort {
 		return errors.New("not all containers are dumped, and those that are stay frozen; stasis prepare-reboot tries the rest again, stasis prepare-reboot --abort lets all go on")
+	}
+	if o.Kill {
+		fmt.Fprintln(c.err, "The node may reboot now. What is dumped is killed, and goes on when it is created again.")
+		return nil
 	}
 	fmt.Fprintln(c.err, "The node may reboot now; stasis prepare-reboot --abort lets all containers go on instead.")
 	return nil

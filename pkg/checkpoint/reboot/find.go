@@ -151,8 +151,13 @@ func (c *Container) socket() (string, error) {
 	return path, nil
 }
 
-// call connects to the container's shim for one conversation.
+// call has one conversation with the container's shim by the control service.
 func (c *Container) call(ctx context.Context, talk func(context.Context, control.Client) error) error {
+	return c.connect(ctx, func(ctx context.Context, t *ttrpc.Client) error { return talk(ctx, control.NewClient(t)) })
+}
+
+// connect connects to the container's shim for one conversation.
+func (c *Container) connect(ctx context.Context, talk func(context.Context, *ttrpc.Client) error) error {
 	path, err := c.socket()
 	if err != nil {
 		return fmt.Errorf("find the shim: %w", err)
@@ -163,7 +168,7 @@ func (c *Container) call(ctx context.Context, talk func(context.Context, control
 	}
 	client := ttrpc.NewClient(conn)
 	defer client.Close()
-	return talk(namespaces.WithNamespace(ctx, c.Namespace), control.NewClient(client))
+	return talk(namespaces.WithNamespace(ctx, c.Namespace), client)
 }
 
 // Status asks the container's shim.

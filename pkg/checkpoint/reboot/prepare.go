@@ -54,6 +54,10 @@ type Options struct {
 	Kubelet KubeletMode
 	// BestEffort: go on although the store has too little room for all.
 	BestEffort bool
+	// Kill ends the dumped containers after the manifest is written. It is for
+	// a node that goes down for certain: systemd would wait 90 s for frozen
+	// processes to heed SIGTERM. There is no Abort afterwards.
+	Kill bool
 	// Timeout bounds all of it but the writing of the manifest.
 	Timeout time.Duration
 	// Progress, if not nil, is told of each container that is done, one at a
@@ -193,6 +197,9 @@ func (n *Node) Prepare(ctx context.Context, o Options) (*Manifest, error) {
 	}
 	if ctx.Err() != nil {
 		return m, context.Cause(ctx)
+	}
+	if o.Kill {
+		return m, kill(ctx, targets, m)
 	}
 	return m, nil
 }

@@ -15,9 +15,12 @@ import (
 	"testing"
 	"time"
 
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
@@ -89,6 +92,7 @@ type testShim struct {
 	memory     int64
 	prepareErr error         // of Prepare
 	abortErr   error         // of Abort
+	killErr    error         // of the task service's Kill
 	hang       chan struct{} // if not nil, Prepare answers only when it is closed
 	old        bool          // without the service
 
@@ -155,6 +159,24 @@ func (s *testShim) Abort(ctx context.Context, id string) error {
 		s.state, s.id = control.Running, ""
 	}
 	return nil
+}
+
+// testTask is the task service of the same shim.
+type testTask struct {
+	taskAPI.TTRPCTaskService // what it does not mention is not called
+	shim                     *testShim
+}
+
+func (k testTask) Kill(ctx context.Context, r *taskAPI.KillRequest) (*emptypb.Empty, error) {
+	s := k.shim
+	s.note(ctx, fmt.Sprintf("kill %s %d", r.ID, r.Signal))
+	if m, err := Load(fsys.OS{}, s.n.Root); err != nil || len(m.Containers) == 0 {
+		s.n.t.Errorf("killed before the manifest is there: %v", err)
+	}
+	if s.killErr != nil {
+		return nil, errgrpc.ToGRPC(s.killErr)
+	}
+	return &emptypb.Empty{}, nil
 }
 
 // waitAll holds a Prepare until every shim that can has got its own.
@@ -238,6 +260,7 @@ func (n *testNode) add(key string, with func(*testShim)) *testShim {
 	if !s.old {
 		control.Register(server, s)
 	}
+	taskAPI.RegisterTTRPCTaskService(server, testTask{shim: s})
 	done := make(chan struct{})
 	go func() { defer close(done); _ = server.Serve(context.Background(), l) }() // its error is that it was closed
 	n.t.Cleanup(func() { server.Close(); <-done })
@@ -266,6 +289,29 @@ func reason(m *Manifest, key string) string {
 		}
 	}
 	return "no such container"
+}
+
+// TestKill: what is dumped is killed when the manifest is there, and nothing else.
+func TestKill(t *testing.T) {
+	n := newTestNode(t)
+	n.add("a", nil)
+	n.add("b", func(s *testShim) { s.prepareErr = errors.New("no") })
+	n.add("c", func(s *testShim) { s.killErr = fmt.Errorf("it is dead: %w", errdefs.ErrNotFound) })
+	o := n.options()
+	o.Kill = true
+	m, err := n.Prepare(t.Context(), o)
+	if err != nil || summary(m.Containers) != "a:dumped b:failed c:dumped" {
+		t.Fatalf("%v, %v", m, err)
+	}
+	for key, want := range map[string]string{"a": "k8s.io prepare, k8s.io kill ctr-a 9", "b": "k8s.io prepare", "c": "k8s.io prepare, k8s.io kill ctr-c 9"} {
+		if got := strings.Join(n.shims[key].log, ", "); got != want {
+			t.Errorf("%s: %s, want %s", key, got, want)
+		}
+	}
+	n.shims["c"].killErr = errors.New("stuck")
+	if m, err := n.Prepare(t.Context(), o); m == nil || err == nil || !strings.Contains(err.Error(), "stuck") {
+		t.Errorf("%v, %v", m, err)
+	}
 }
 
 func TestPrepare(t *testing.T) {
