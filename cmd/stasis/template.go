@@ -226,7 +226,7 @@ func (c *cli) templateLsCommand() *cobra.Command {
 				case t.Err != nil:
 					row[6] = t.Err.Error()
 				case len(t.Pins) > 0:
-					row[6] = fmt.Sprintf("%d containers are being created from it", len(t.Pins))
+					row[6] = fmt.Sprintf("%d being created from it", len(t.Pins))
 				case !t.Newest:
 					row[6] = "superseded"
 				}
