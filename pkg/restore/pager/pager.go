@@ -25,7 +25,7 @@ type Options struct {
 	// WorkDir is the directory in which CRIU works: runc's --work-path, or
 	// CRIU's own. CRIU looks for the socket there.
 	WorkDir string
-	// Threads copy in bulk; the first of them answers faults, too. The default
+	// Threads copy in bulk, beside the one that answers faults. The default
 	// leaves half of the CPUs to the tasks, and is four at most: one or two are
 	// nearly as fast as memory allows.
 	Threads int
@@ -85,7 +85,6 @@ type Pager struct {
 	copied, looked, zeroed, faults, events atomic.Uint64
 	lastFault                              atomic.Int64 // Unix time, ns
 	restoredAt, filledAt                   atomic.Int64 // ns after start
-	bulkAt                                 atomic.Int64 // likewise, of the last piece if there are pauses
 
 	mu    sync.Mutex
 	cond  sync.Cond // spaces, more work, or the end
@@ -150,11 +149,11 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p.running.Add(1 + opt.Threads)
+	p.running.Add(2 + opt.Threads)
 	go func() { defer p.running.Done(); p.receive(l, remove) }()
 	go func() { defer p.running.Done(); p.serve() }()
-	for range opt.Threads - 1 {
-		go func() { defer p.running.Done(); p.help() }()
+	for range opt.Threads {
+		go func() { defer p.running.Done(); p.fill() }()
 	}
 	unhook := context.AfterFunc(ctx, func() { p.end(context.Cause(ctx)) })
 	go func() {
@@ -339,14 +338,8 @@ func (p *Pager) setReady() {
 	p.wakeServer()
 }
 
-// serve answers faults, follows events, and copies in bulk while there are
-// none: one thread that does both is there at once when a fault comes, where
-// one that sleeps would first have to be given a processor, and the lock.
+// serve answers faults and follows events.
 func (p *Pager) serve() {
-	// On a thread of its own, which ends with it.
-	runtime.LockOSThread()
-	unix.Setpriority(unix.PRIO_PROCESS, 0, serverNice) // refused by some sandboxes: then it competes
-	buf := make([]byte, chunkSize)
 	looked, progress := uint64(0), time.Now()
 	for wait := idleWait; ; {
 		due, err := p.poll(wait)
@@ -360,39 +353,24 @@ func (p *Pager) serve() {
 		if ended {
 			return
 		}
-		deferred := false
 		for _, s := range due {
 			if err := p.serveSpace(s); err != nil {
 				p.end(err)
 				return
 			}
-			deferred = deferred || len(s.deferred) > 0
 		}
-		wait = 0
-		more := len(due) > 0
-		if ready && !more {
-			if more, err = p.bulk(buf); errors.Is(err, errChanging) {
-				wait = retryWait // for the event that tells what it is
-			} else if err != nil {
-				p.end(err)
-				return
-			}
+		left, deferred, err := p.finishFull(ready)
+		if err != nil {
+			p.end(err)
+			return
 		}
-		if !more || deferred {
-			left, deferred, err := p.finishFull(ready)
-			if err != nil {
-				p.end(err)
-				return
-			}
-			if ready && left == 0 {
-				p.end(nil)
-				return
-			}
-			if deferred {
-				wait = retryWait
-			} else if !more {
-				wait = idleWait
-			}
+		if ready && left == 0 {
+			p.end(nil)
+			return
+		}
+		wait = idleWait
+		if deferred {
+			wait = retryWait
 		}
 		if now := p.looked.Load(); now != looked || !ready {
 			looked, progress = now, time.Now()
@@ -404,9 +382,8 @@ func (p *Pager) serve() {
 }
 
 const (
-	serverNice = -10
-	idleWait   = 100 * time.Millisecond
-	retryWait  = time.Millisecond
+	idleWait  = 100 * time.Millisecond
+	retryWait = time.Millisecond
 )
 
 // poll returns the spaces that have something to say.
@@ -429,40 +406,6 @@ func (p *Pager) poll(wait time.Duration) (due []*space, err error) {
 	return due, nil
 }
 
-// bulk copies one piece. It returns false when it looked for one in vain, or
-// has copied the last one of a process: then something may be full.
-func (p *Pager) bulk(buf []byte) (more bool, err error) {
-	p.mu.Lock()
-	s := p.unfilled()
-	p.mu.Unlock()
-	if s == nil {
-		return false, nil
-	}
-	if last := p.bulkAt.Load(); p.opt.pause > 0 {
-		if now := int64(time.Since(p.start)); now-last < int64(p.opt.pause) || !p.bulkAt.CompareAndSwap(last, now) {
-			return true, errChanging
-		}
-	}
-	if err = s.bulk(buf); errors.Is(err, errExited) {
-		s.setGone()
-		err = nil
-	}
-	idle, _ := s.idle()
-	return !idle, err
-}
-
-// unfilled is a space with something to do, or nil. The caller holds mu.
-func (p *Pager) unfilled() *space {
-	if p.ready {
-		for _, s := range p.spaces {
-			if idle, _ := s.idle(); !idle {
-				return s
-			}
-		}
-	}
-	return nil
-}
-
 // serveSpace serves a space and takes charge of its children.
 func (p *Pager) serveSpace(s *space) error {
 	children, err := s.serve()
@@ -472,6 +415,11 @@ func (p *Pager) serveSpace(s *space) error {
 	if errors.Is(err, errExited) {
 		s.setGone()
 		err = nil
+	}
+	if s.unclaimed() { // an event may have brought something to do
+		p.mu.Lock()
+		p.cond.Broadcast()
+		p.mu.Unlock()
 	}
 	return err
 }
@@ -519,6 +467,11 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 	delete(p.spaces, s.fd)
 	fd := s.fd
 	s.fd = -1
+	// Closing does not suffice while another process holds it.
+	if err := unix.EpollCtl(p.epoll, unix.EPOLL_CTL_DEL, fd, nil); err != nil {
+		p.held = append(p.held, fd)
+		return false, fmt.Errorf("epoll: %w", err)
+	}
 	if p.opt.Keeper != nil {
 		if err := p.opt.Keeper.release(fd); err != nil {
 			p.held = append(p.held, fd)
@@ -531,33 +484,49 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 	return true, nil
 }
 
-// help copies in bulk beside the server, until the end.
-func (p *Pager) help() {
+// fill copies in bulk, until the end.
+func (p *Pager) fill() {
 	buf := make([]byte, chunkSize)
-	for p.waitUnfilled() {
-		more, err := p.bulk(buf)
-		if errors.Is(err, errChanging) {
-			time.Sleep(retryWait) // the server reads what it is
-		} else if err != nil {
-			p.end(err)
+	for {
+		s := p.nextSpace()
+		if s == nil {
+			return
 		}
-		if !more {
+		err := s.bulk(buf)
+		switch {
+		case err == nil:
+		case errors.Is(err, errChanging):
+			time.Sleep(retryWait) // the server reads what it is
+		case errors.Is(err, errExited):
+			s.setGone()
+		default:
+			p.end(err)
+			return
+		}
+		if idle, _ := s.idle(); idle {
 			p.mu.Lock()
 			p.wakeServer()
 			p.mu.Unlock()
 		}
+		if p.opt.pause > 0 {
+			time.Sleep(p.opt.pause)
+		}
 	}
 }
 
-// waitUnfilled waits for something to do; false at the end.
-func (p *Pager) waitUnfilled() bool {
+// nextSpace waits for a space with something to do; nil at the end.
+func (p *Pager) nextSpace() *space {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for !p.ended {
-		if p.unfilled() != nil {
-			return true
+		if p.ready {
+			for _, s := range p.spaces {
+				if s.unclaimed() {
+					return s
+				}
+			}
 		}
 		p.cond.Wait()
 	}
-	return false
+	return nil
 }

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	chunkSize     = 512 << 10 // of the bulk
+	chunkSize     = 256 << 10 // of the bulk
 	busyChunkSize = 64 << 10  // of the bulk, while there are faults: they wait for it
 	busyTime      = 10 * time.Millisecond
 	aroundSize    = 64 << 10 // filled at a fault, from its page on
@@ -44,9 +44,11 @@ type space struct {
 	// deferred are addresses of faults to be looked at again. Owned by the server.
 	deferred []uint64
 
-	mu   sync.Mutex
-	todo []span // what the bulk has not yet looked at, in its order
-	gone bool   // the process
+	mu      sync.Mutex
+	todo    []span // what the bulk has not yet looked at, in its order
+	claimed []span // what it has taken of it, and is reading from the images
+	claims  uint64 // counts events that take claims back; written with rw, too
+	gone    bool   // the process
 
 	// The kernel queues events after the change that they tell of, so those of
 	// two threads may come in the wrong order; but it refuses copies until all
@@ -63,44 +65,59 @@ type space struct {
 	past []span
 }
 
-// take takes a piece of what is to be done.
-func (s *space) take(size uint64) (span, bool) {
+// claim takes a piece of what is to be done. With the events counted it tells
+// whether the claim still holds.
+func (s *space) claim(size uint64) (c span, claims uint64, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.todo) == 0 {
-		return span{}, false
+		return span{}, 0, false
 	}
 	first := &s.todo[0]
-	c := first.part(first.addr, first.addr+size)
+	c = first.part(first.addr, first.addr+size)
 	if c.size == first.size {
 		s.todo = s.todo[1:]
 	} else {
 		*first = first.part(c.end(), first.end())
 	}
-	return c, true
+	s.claimed = append(s.claimed, c)
+	return c, s.claims, true
 }
 
-// giveBack returns what was taken and not done.
-func (s *space) giveBack(c span) {
-	if c.size == 0 {
-		return
-	}
+// unclaim ends a claim of which so much has been done.
+func (s *space) unclaim(c span, done uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.todo = append(s.todo, c)
+	s.claimed = slices.DeleteFunc(s.claimed, func(other span) bool { return other == c })
+	if done < c.size {
+		s.todo = append(s.todo, c.part(c.addr+done, c.end()))
+	}
+}
+
+// revoke takes back all claims. The caller holds mu and rw.
+func (s *space) revoke() {
+	s.claims++
+	s.todo = append(s.todo, s.claimed...)
+	s.claimed = nil
+}
+
+func (s *space) unclaimed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.todo) > 0
 }
 
 func (s *space) setGone() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.gone, s.todo = true, nil
+	s.gone, s.todo, s.claimed = true, nil, nil
 }
 
 // idle tells whether nothing is to be done, gone whether for want of a process.
 func (s *space) idle() (idle, gone bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.todo) == 0, s.gone
+	return len(s.todo)+len(s.claimed) == 0, s.gone
 }
 
 // bulk fills one piece, if there is one. The buffer is for the content, of
@@ -110,30 +127,38 @@ func (s *space) bulk(buf []byte) error {
 	if time.Since(time.Unix(0, s.p.lastFault.Load())) < busyTime {
 		size = busyChunkSize
 	}
-	s.rw.RLock()
-	defer s.rw.RUnlock()
-	c, ok := s.take(size)
+	c, claims, ok := s.claim(size)
 	if !ok {
 		return nil
 	}
-	done, _, err := s.fill(c, buf)
-	if err != nil {
-		s.giveBack(c.part(c.addr+done, c.end()))
+	err := s.load(c, buf)
+	s.rw.RLock()
+	defer s.rw.RUnlock()
+	if s.claims != claims {
+		return nil
 	}
+	done := uint64(0)
+	if err == nil {
+		done, _, err = s.fill(c, buf)
+	}
+	s.unclaim(c, done)
 	return err
 }
 
-// fill gives a span its content, by way of the buffer, except where there are
+// load reads the content of a span into the buffer. It stays in the processor's
+// cache, which makes this faster than to map the images: that costs page tables
+// and a fault for every few pages.
+func (s *space) load(c span, buf []byte) error {
+	if _, err := s.src.ReadAt(buf[:c.size], c.off); err != nil {
+		return fmt.Errorf("process %d: content of %#x: %w", s.pid, c.addr, err)
+	}
+	return nil
+}
+
+// fill gives a span its content, which the buffer holds, except where there are
 // pages already. It returns how much of it, from its beginning, needs no more,
 // and how many bytes were copied. The caller holds rw, or is the server.
-//
-// Reading into a buffer that stays in the processor's cache is faster than
-// mapping the images, which costs page tables and a fault for every few pages.
 func (s *space) fill(c span, buf []byte) (done, copied uint64, err error) {
-	buf = buf[:c.size]
-	if _, err := s.src.ReadAt(buf, c.off); err != nil {
-		return 0, 0, fmt.Errorf("process %d: content of %#x: %w", s.pid, c.addr, err)
-	}
 	again := false
 	for try := c.size; done < c.size; {
 		n := min(try, c.size-done)
@@ -238,6 +263,7 @@ func (s *space) event(m message) (child *space, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.p.events.Add(1)
+	s.revoke()
 	switch m.event {
 	case eventFork:
 		child = &space{
@@ -349,6 +375,9 @@ func (s *space) fault(addr uint64) error {
 		return s.zero(addr)
 	}
 	c = c.part(addr, addr+aroundSize)
+	if err := s.load(c, s.p.faultBuf[:]); err != nil {
+		return err
+	}
 	done, copied, err := s.fill(c, s.p.faultBuf[:])
 	if done > 0 && errors.Is(err, errChanging) {
 		err = nil // at least the page that is waited for is there
