@@ -80,10 +80,8 @@ func (p *Pager) receive(l *net.UnixListener, remove func() error) {
 	p.end(err)
 	// What CRIU has not yet sent it cannot send any more. If the last message is
 	// not among what it has sent, it will fail to send it, and kill the tasks.
-	conn.CloseRead()
-	conn.SetDeadline(time.Time{}) // nobody to be waited for
-	if p.drain(conn) {
-		return
+	if finished, derr := p.drain(conn); finished || derr != nil {
+		return // after an error, who knows?
 	}
 	p.abandon(err)
 }
@@ -166,24 +164,35 @@ func (p *Pager) hold(oob []byte) (fds []int) {
 	return fds
 }
 
-// drain reads what is left and tells whether the last message is in it. The
-// descriptors are kept, as there may be tasks that run.
-func (p *Pager) drain(conn *net.UnixConn) (finished bool) {
-	var last uint32
-	for {
-		var b [1]byte
-		oob := make([]byte, unix.CmsgSpace(4*4))
-		n, oobn, _, _, err := conn.ReadMsgUnix(b[:], oob)
-		p.hold(oob[:oobn])
-		if err != nil && !errors.Is(err, io.EOF) {
-			return true // who knows
-		}
-		if n == 0 {
-			return last == restoreFinished
-		}
-		// In the machine's order, which is little-endian wherever this runs.
-		last = last>>8 | uint32(b[0])<<24
+// drain ends the connection and tells whether the last message is in what had
+// come. Descriptors in it are kept, as there may be tasks that run.
+func (p *Pager) drain(conn *net.UnixConn) (finished bool, err error) {
+	if err := conn.CloseRead(); err != nil {
+		return false, err
 	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	var last uint32
+	cerr := raw.Control(func(fd uintptr) { // without the deadlines, as nothing is to be waited for
+		for {
+			var b [1]byte
+			oob := make([]byte, unix.CmsgSpace(4*4))
+			var n, oobn int
+			n, oobn, _, _, err = unix.Recvmsg(int(fd), b[:], oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			if err != nil || n == 0 {
+				return
+			}
+			p.hold(oob[:oobn])
+			// In the machine's order, which is little-endian wherever this runs.
+			last = last>>8 | uint32(b[0])<<24
+		}
+	})
+	return last == restoreFinished, errors.Join(err, cerr)
 }
 
 // checkPeer accepts only processes of the pager's own user.
