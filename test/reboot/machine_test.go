@@ -178,8 +178,10 @@ func (m *machine) start(kernel, cpu string, more ...string) {
 		runtime.LockOSThread()
 		started <- q.Start()
 		q.Wait() //nolint:errcheck // killed, mostly
-		if stderr.Len() > 0 {
-			m.t.Logf("QEMU: %s", stderr.String())
+		for _, line := range strings.Split(strings.TrimSpace(stderr.String()), "\n") {
+			if line != "" && !strings.Contains(line, "TCG doesn't support requested feature") {
+				m.t.Logf("QEMU: %s", line)
+			}
 		}
 		close(done)
 	}(m.qemu, m.done)
