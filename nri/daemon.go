@@ -182,7 +182,7 @@ func newServer(config Config, st *store.Store) *server {
 	pods := newPods()
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "stasis", Name: "pods",
 		Help: "Pod sandboxes that the runtime told of."}, func() float64 { return float64(pods.count()) }))
-	s.plugin = &plugin{latest: st.Latest, template: st.LatestTemplate, later: s.later, metrics: m, pods: pods,
+	s.plugin = &plugin{latest: st.Latest, template: st.LatestTemplate, runtimeDir: config.RuntimeDir, later: s.later, metrics: m, pods: pods,
 		lookups: make(chan struct{}, maxLookups), accepted: make(chan struct{})}
 	return s
 }

@@ -42,6 +42,8 @@ type plugin struct {
 	metrics  *metrics
 	pods     *pods
 	lookups  chan struct{} // a token for each running lookup
+	// runtimeDir is stasis's; empty gives no container a generation.
+	runtimeDir string
 
 	accepted chan struct{} // closed when the runtime accepted the plugin for the first time
 	first    sync.Once     // closes accepted
@@ -82,6 +84,15 @@ func (c *connection) Configure(_ context.Context, _, runtime, version string) (a
 func (c *connection) Synchronize(_ context.Context, pods []*api.PodSandbox, containers []*api.Container) ([]*api.ContainerUpdate, error) {
 	defer c.metrics.request("Synchronize")()
 	c.plugin.pods.replace(pods)
+	if c.runtimeDir != "" {
+		var ids []string
+		for _, ctr := range containers {
+			ids = append(ids, ctr.GetId())
+		}
+		if err := checkpoint.KeepGenerations(c.runtimeDir, ids); err != nil {
+			log.L.WithError(err).Warn("leftovers of removed containers")
+		}
+	}
 	c.metrics.connected.Set(1)
 	log.L.WithFields(log.Fields{"op": "synchronize", "pods": len(pods), "containers": len(containers)}).Info("connected to the runtime")
 	c.once.Do(func() { close(c.synced) })
@@ -121,7 +132,11 @@ func (c *connection) CreateContainer(ctx context.Context, pod *api.PodSandbox, c
 		}
 		c.later(j)
 	}
-	return d.Adjustment(), nil, d.Err
+	a := d.Adjustment()
+	if m := c.mountGeneration(ctx, ctr, d); m != nil && d.Err == nil {
+		a.AddMount(m)
+	}
+	return a, nil, d.Err
 }
 
 // lookup asks the store aside, for a system call cannot be cancelled.

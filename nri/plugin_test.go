@@ -183,9 +183,13 @@ func TestPlugin(t *testing.T) {
 	if n := p.pods.count(); n != 1 {
 		t.Errorf("%d pods after the first synchronization, want 1", n)
 	}
-	if err := r.RunPodSandbox(context.Background(), &api.RunPodSandboxRequest{Pod: pod}); err != nil {
-		t.Fatal(err)
-	}
+	// The runtime sends events only a moment after the synchronization.
+	eventually(t, "the pod is known", func() bool {
+		if err := r.RunPodSandbox(context.Background(), &api.RunPodSandboxRequest{Pod: pod}); err != nil {
+			t.Fatal(err)
+		}
+		return p.pods.count() == 2
+	})
 	check := func(r *runtimeSide) {
 		t.Helper()
 		got, err := r.create(t, pod, testContainer(map[string]string{checkpoint.InternalKey: "stolen", checkpoint.CRIUConfigAnnotation: "/evil"}))

@@ -114,6 +114,9 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	if err := s.applyLayers(ctx, c, p); err != nil {
 		return err
 	}
+	if err := s.newGeneration(c); err != nil {
+		return err
+	}
 	return c.writeCRIUConfig(p.plan.CRIU)
 }
 

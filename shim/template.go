@@ -40,6 +40,10 @@ func (s *service) snapshot(ctx context.Context, id, template string) (control.Re
 	if err != nil {
 		return control.Result{}, err
 	}
+	if c.settings.Policy != checkpoint.PolicyTemplate && c.settings.Template == "" {
+		return control.Result{}, fmt.Errorf("its pod is annotated neither with %s: %s nor with %s, and is not as clones are (%s): %w",
+			checkpoint.AnnotationPolicy, checkpoint.PolicyTemplate, checkpoint.AnnotationTemplate, checkpoint.GenerationMount, errdefs.ErrFailedPrecondition)
+	}
 	state, err := s.TTRPCTaskService.State(ctx, &taskAPI.StateRequest{ID: c.id})
 	if err != nil {
 		return control.Result{}, errgrpc.ToNative(err)
@@ -150,6 +154,21 @@ func (s *service) pin(ctx context.Context, st *store.Store, c *container, versio
 		r.Version = m.ID
 	}
 	return nil, fmt.Errorf("template %s: its versions are replaced faster than pinned: %w", r, checkpoint.ErrBusy)
+}
+
+// newGeneration tells a container, where it has the daemon's mount for that,
+// that it is about to go on from a checkpoint.
+func (s *service) newGeneration(c *container) error {
+	dir, err := checkpoint.GenerationDir(s.config.RuntimeDir, c.id)
+	if err != nil {
+		return err
+	}
+	for _, m := range c.spec.Mounts {
+		if m.Destination == checkpoint.GenerationMount && m.Source == dir {
+			return checkpoint.NewGeneration(s.config.RuntimeDir, c.id)
+		}
+	}
+	return nil
 }
 
 // cloneLife is how long a container lived that had begun from a template.

@@ -35,6 +35,12 @@ func TestSnapshot(t *testing.T) {
 		t.Run(string(policy), func(t *testing.T) {
 			s, m, st := rebootable(t, policy)
 			s.lookup("c").settings.TCP = checkpoint.TCPKeep
+			if policy != checkpoint.PolicyTemplate {
+				if _, err := s.Snapshot(t.Context(), "c", "shop"); !errdefs.IsFailedPrecondition(err) {
+					t.Errorf("not as its clones would be: %v", err)
+				}
+				s.lookup("c").settings.Template = "shop"
+			}
 			var last checkpoint.ID
 			for range 2 {
 				r, err := s.Snapshot(t.Context(), "c", "shop")
@@ -89,6 +95,7 @@ func TestSnapshotRefuses(t *testing.T) {
 		t.Errorf("templates %+v", all)
 	}
 	s, _, _ = rebootable(t, checkpoint.PolicyReboot)
+	s.lookup("c").settings.Template = "shop"
 	mustPrepare(t, s)
 	if _, err := s.Snapshot(t.Context(), "c", "shop"); !errdefs.IsUnavailable(err) {
 		t.Errorf("prepared for a reboot: %v", err)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -72,6 +73,7 @@ func TestTemplate(t *testing.T) {
 	src := n.source(name)
 	src.mustExec("/bin/sh", "-c", "echo layer >/f; echo shm >/dev/shm/f")
 	src.waitCount(10)
+	generations := map[string]int{src.mustExec("cat", "/run/stasis/generation"): -1}
 	version := src.makeTemplate(t, name)
 	ns, _ := counts(src.log())
 	at := ns[len(ns)-1]
@@ -132,7 +134,19 @@ func TestTemplate(t *testing.T) {
 			t.Errorf("clone %d: files %q", i, got)
 		}
 		c.mustExec("/bin/sh", "-c", fmt.Sprintf("echo %d >/f", i))
+		generation := c.mustExec("cat", "/run/stasis/generation")
+		if other, ok := generations[generation]; ok || len(generation) != 32 {
+			t.Errorf("clones %d and %d have generation %q", i, other, generation)
+		}
+		generations[generation] = i
+		if _, err := c.exec("/bin/sh", "-c", "echo x >/run/stasis/generation || touch /run/stasis/x"); err == nil {
+			t.Error("a container may write its generation")
+		}
 		c.p.wantOutcome(event.Restored, "", "template "+name)
+	}
+	sources, err := filepath.Glob("/run/stasis/generations/" + first.id + "/generation")
+	if err != nil || len(sources) != 1 {
+		t.Errorf("generation on the node: %v, %v", sources, err)
 	}
 	for i, c := range clones {
 		if got := c.mustExec("cat", "/f"); got != fmt.Sprint(i) {
@@ -145,6 +159,10 @@ func TestTemplate(t *testing.T) {
 	}
 	if left := templatePins(t, name); len(left) > 0 {
 		t.Errorf("pins are left: %v", left)
+	}
+	first.p.remove()
+	if _, err := os.Stat(sources[0]); !os.IsNotExist(err) {
+		t.Errorf("generation of a removed container: %v", err)
 	}
 	t.Logf("the template has count %d; the source was at %d", begin, at)
 }
@@ -327,6 +345,9 @@ func TestTemplateRemovedWhileCloning(t *testing.T) {
 			*c = *got
 		})
 	}
+	for end := time.Now().Add(deadline); len(templatePins(t, name)) == 0 && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
 	busy := 0
 	eventually(t, "removal", func() error {
 		out, err := exec.Command("stasis", "template", "rm", "default/"+name).CombinedOutput()
@@ -354,6 +375,9 @@ func TestTemplateRemovedWhileCloning(t *testing.T) {
 	}
 	if left := templatePins(t, name); len(left) > 0 {
 		t.Errorf("pins are left: %v", left)
+	}
+	if warm == 0 {
+		t.Error("who had pinned it did not go on from it")
 	}
 	t.Logf("%d of %d clones are warm; rm was refused %d times", warm, len(clones), busy)
 }
