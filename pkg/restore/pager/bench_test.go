@@ -14,7 +14,7 @@ import (
 )
 
 // BenchmarkRestore restores one dump in turn with CRIU alone, with CRIU's own
-// lazy-pages daemon, and with the pager, b.N times each, and reports medians: of
+// lazy-pages daemon, and with the pager, b.N times each, and prints medians and extremes: of
 // the times to the first answer and to one that takes all memory; and then, in
 // restores of their own, of the latencies of requests of 32 pages in the first
 // second after the first answer.
@@ -44,7 +44,7 @@ func benchmarkRestore(b *testing.B, bytes int) {
 				}
 				all[kind] = append(all[kind], time.Since(start))
 			})
-			p := tm.timed(b, kind, func(time.Time) {
+			stats := tm.timed(b, kind, func(time.Time) {
 				c, err := connect(tm.addresses[0])
 				if err != nil {
 					b.Fatal(err)
@@ -65,32 +65,32 @@ func benchmarkRestore(b *testing.B, bytes int) {
 				half[kind] = append(half[kind], took[len(took)/2])
 				tail[kind] = append(tail[kind], took[len(took)*99/100])
 			})
-			if p != nil {
-				s := p.Stats()
-				fill, rate = append(fill, s.Filled), append(rate, s.Rate()/1e9)
+			if kind == "pager" {
+				fill, rate = append(fill, stats.Filled), append(rate, stats.Rate()/1e9)
 			}
 		}
 	}
 	b.ReportMetric(0, "ns/op") // of all together it says nothing
+	table := fmt.Sprintf("%6s %18s %18s %18s %18s", "ms", "first answer", "all memory", "request p50", "request p99")
 	for _, kind := range kinds {
-		b.ReportMetric(ms(median(first[kind])), kind+"-first-ms")
-		b.ReportMetric(ms(median(all[kind])), kind+"-all-ms")
-		b.ReportMetric(ms(median(half[kind])), kind+"-p50-ms")
-		b.ReportMetric(ms(median(tail[kind])), kind+"-p99-ms")
+		table += fmt.Sprintf("\n%6s", kind)
+		for _, v := range [][]time.Duration{first[kind], all[kind], half[kind], tail[kind]} {
+			table += fmt.Sprintf(" %18s", spread(v))
+		}
 	}
-	b.ReportMetric(ms(median(fill)), "fill-ms")
-	b.ReportMetric(median(rate), "fill-GB/s")
+	b.Logf("%s\nfilled in %s ms, %.1f GB/s", table, spread(fill), median(rate))
 }
 
 // timed restores, lets f measure from the time at which that was begun, and
-// ends the process. The pager is for its statistics, nil where there was none.
-func (tm *template) timed(b *testing.B, kind string, f func(begun time.Time)) *Pager {
+// ends the process. The daemon and the pager are there before the clock starts.
+func (tm *template) timed(b *testing.B, kind string, f func(begun time.Time)) (s Stats) {
 	b.Helper()
 	work := b.TempDir()
 	cmd := tm.criuRestore(b, work, kind != "stock")
-	var p *Pager
+	var p *remote
 	var daemon *exec.Cmd
-	if kind == "daemon" { // it is there before the clock starts, as it is waited for here
+	switch kind {
+	case "daemon":
 		daemon = exec.Command(criu.Binary, "lazy-pages", "-D", tm.images, "-W", work, "-o", "daemon.log")
 		if err := daemon.Start(); err != nil {
 			b.Fatal(err)
@@ -102,14 +102,10 @@ func (tm *template) timed(b *testing.B, kind string, f func(begun time.Time)) *P
 				b.Fatal(err)
 			}
 		}
+	case "pager":
+		p = tm.separate(b, work, 0)
 	}
 	begun := time.Now()
-	if kind == "pager" {
-		var err error
-		if p, err = Start(b.Context(), Options{ImageDir: tm.images, WorkDir: work}); err != nil {
-			b.Fatal(err)
-		}
-	}
 	run(b, work, cmd)
 	f(begun)
 	switch kind {
@@ -118,16 +114,17 @@ func (tm *template) timed(b *testing.B, kind string, f func(begun time.Time)) *P
 			b.Fatal(err)
 		}
 	case "pager":
-		waitFull(b, p)
-		if err := p.Close(); err != nil {
-			b.Fatal(err)
-		}
+		s = p.wait(b)
 	}
 	tm.kill(b)
-	return p
+	return s
 }
 
-func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+// spread is the median, and the least and greatest value.
+func spread(v []time.Duration) string {
+	ms := func(d time.Duration) string { return fmt.Sprintf("%.3g", float64(d.Microseconds())/1000) }
+	return fmt.Sprintf("%s (%s-%s)", ms(median(v)), ms(slices.Min(v)), ms(slices.Max(v)))
+}
 
 func median[T cmp.Ordered](v []T) T {
 	v = slices.Sorted(slices.Values(v))

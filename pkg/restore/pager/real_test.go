@@ -1,6 +1,7 @@
 package pager
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -296,37 +297,9 @@ func TestRealKilled(t *testing.T) {
 	tm := dump(t, 64<<20, 2)
 	for _, kill := range []bool{true, false} {
 		t.Run(fmt.Sprint(kill), func(t *testing.T) {
-			ours, theirs := socketPair(t)
-			f, err := theirs.File()
-			if err != nil {
-				t.Fatal(err)
-			}
-			theirs.Close()
 			work := t.TempDir()
-			cmd := exec.Command(os.Args[0])
-			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s", separate, tm.images, work))
-			cmd.ExtraFiles = []*os.File{f}
-			cmd.Stderr = os.Stderr
-			ready, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			f.Close()
-			held := Hold(ours)
-			t.Cleanup(func() {
-				cmd.Process.Kill()
-				cmd.Wait()
-				tm.kill(t)
-				if err := held.Close(); err != nil {
-					t.Error(err)
-				}
-			})
-			if _, err := ready.Read(make([]byte, 1)); err != nil {
-				t.Fatal(err)
-			}
+			r := tm.separate(t, work, 4*time.Millisecond)
+			t.Cleanup(func() { tm.kill(t) })
 			run(t, work, tm.criuRestore(t, work, true))
 			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 			defer cancel()
@@ -336,18 +309,15 @@ func TestRealKilled(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				if err := cmd.Wait(); err != nil {
-					t.Error(err)
-				}
-				if err := held.Wait(ctx); err != nil {
-					t.Error(err)
+				if s := r.wait(t); s.Processes < 2 || s.Events < 8 {
+					t.Errorf("%+v", s)
 				}
 				return
 			}
-			if err := cmd.Process.Kill(); err != nil {
+			if err := r.cmd.Process.Kill(); err != nil {
 				t.Fatal(err)
 			}
-			if err := held.Wait(ctx); !errors.Is(err, ErrLost) {
+			if err := r.held.Wait(ctx); !errors.Is(err, ErrLost) {
 				t.Errorf("wait: %v", err)
 			}
 			hang(t, tm)
@@ -355,8 +325,66 @@ func TestRealKilled(t *testing.T) {
 	}
 }
 
+// remote is a pager in a process of its own, whose descriptors are held here.
+type remote struct {
+	cmd  *exec.Cmd
+	out  *bufio.Reader
+	held *Held
+}
+
+// separate starts a pager in a process of its own.
+func (tm *template) separate(t testing.TB, work string, pause time.Duration) *remote {
+	t.Helper()
+	ours, theirs := socketPair(t)
+	f, err := theirs.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs.Close()
+	defer f.Close()
+	r := &remote{cmd: exec.Command(os.Args[0])}
+	r.cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d %s %s", separate, pause, tm.images, work))
+	r.cmd.ExtraFiles = []*os.File{f}
+	r.cmd.Stderr = os.Stderr
+	out, err := r.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.out = bufio.NewReader(out)
+	if err := r.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	r.held = Hold(ours)
+	t.Cleanup(func() {
+		r.cmd.Process.Kill()
+		r.cmd.Wait()
+		tm.kill(t)
+		if err := r.held.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if line, err := r.out.ReadString('\n'); err != nil || line != "listening\n" {
+		t.Fatalf("pager: %q, %v", line, err)
+	}
+	return r
+}
+
+// wait waits until all memory is full.
+func (r *remote) wait(t testing.TB) (s Stats) {
+	t.Helper()
+	if err := json.NewDecoder(r.out).Decode(&s); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := errors.Join(r.held.Wait(ctx), r.cmd.Wait()); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 // separate is set, in the environment of a process that is to be a pager with
-// a keeper at descriptor 3, to its directories.
+// a keeper at descriptor 3, to its pause and directories.
 const separate = "STASIS_TEST_SEPARATE_PAGER"
 
 func beSeparate(v string) error {
@@ -366,13 +394,19 @@ func beSeparate(v string) error {
 		return err
 	}
 	f.Close()
-	images, work, _ := strings.Cut(v, " ")
-	p, err := Start(context.Background(), Options{ImageDir: images, WorkDir: work, Keeper: NewKeeper(c.(*net.UnixConn)), pause: 4 * time.Millisecond})
+	pause, dirs, _ := strings.Cut(v, " ")
+	images, work, _ := strings.Cut(dirs, " ")
+	d, err := strconv.Atoi(pause)
+	if err != nil {
+		return err
+	}
+	p, err := Start(context.Background(), Options{ImageDir: images, WorkDir: work, Keeper: NewKeeper(c.(*net.UnixConn)), pause: time.Duration(d)})
 	if err != nil {
 		return err
 	}
 	fmt.Println("listening")
-	return errors.Join(p.Wait(context.Background()), p.Close(), c.Close())
+	err = p.Wait(context.Background())
+	return errors.Join(err, json.NewEncoder(os.Stdout).Encode(p.Stats()), p.Close(), c.Close())
 }
 
 // TestRealRunc restores a container. runc has CRIU read a configuration file

@@ -47,7 +47,7 @@ type space struct {
 	mu      sync.Mutex
 	todo    []span // what the bulk has not yet looked at, in its order
 	claimed []span // what it has taken of it, and is reading from the images
-	claims  uint64 // counts events that take claims back; written with rw, too
+	claims  uint64 // counts events, which take claims back
 	gone    bool   // the process
 
 	// The kernel queues events after the change that they tell of, so those of
@@ -89,9 +89,17 @@ func (s *space) unclaim(c span, done uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.claimed = slices.DeleteFunc(s.claimed, func(other span) bool { return other == c })
-	if done < c.size {
+	if done < c.size && !s.gone {
 		s.todo = append(s.todo, c.part(c.addr+done, c.end()))
 	}
+}
+
+// holds tells whether a claim still holds. It does so for as long as the caller
+// has rw, which is needed for events, and for closing the descriptor.
+func (s *space) holds(claims uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.claims == claims && !s.gone
 }
 
 // revoke takes back all claims. The caller holds mu and rw.
@@ -134,7 +142,7 @@ func (s *space) bulk(buf []byte) error {
 	err := s.load(c, buf)
 	s.rw.RLock()
 	defer s.rw.RUnlock()
-	if s.claims != claims {
+	if !s.holds(claims) {
 		return nil
 	}
 	done := uint64(0)
