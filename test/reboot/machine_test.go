@@ -241,7 +241,7 @@ func (m *machine) sh(limit time.Duration, script string) (string, error) {
 	case "":
 		return string(out), errors.New("no exit status: the machine has gone")
 	default:
-		return string(out), fmt.Errorf("exit status %s: %s", status, out[max(0, len(out)-2000):])
+		return string(out), fmt.Errorf("exit status %s: %s", status, out[max(0, len(out)-300):])
 	}
 }
 

@@ -162,10 +162,10 @@ type state struct {
 	lost  []string // lines of logs that tell of a loss
 }
 
-// heads prints the first and the last line of each log.
+// heads prints the first and the last line of each log, except of those that go meanwhile.
 const heads = `cd /var/log/pods 2>/dev/null || exit 0
 set -- */*/*.log; [ -e "$1" ] || exit 0
-awk 'FNR==1 {if (l) print l; print "== " FILENAME; print} /lost:/ {print "!! " FILENAME " " $0} {l=$0} END {if (l) print l}' "$@"`
+awk 'FNR==1 {if (l) print l; print "== " FILENAME; print} /lost:/ {print "!! " FILENAME " " $0} {l=$0} END {if (l) print l}' "$@" 2>/dev/null || :`
 
 var (
 	logName = regexp.MustCompile(`^== default_.+-node_(.+)/(.+)/(\d+)\.log$`)
