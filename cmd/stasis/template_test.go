@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"go.yaml.in/yaml/v3"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
@@ -165,5 +166,37 @@ func TestTemplates(t *testing.T) {
 	}
 	if e := s.events(); len(e) != 2 || e[0] != "removed stasis template rm: template default/shop" {
 		t.Errorf("events %q", e)
+	}
+}
+
+// TestTemplateSample: the sample's annotations are ones that the daemon accepts.
+func TestTemplateSample(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join(contrib, "kubernetes/sample-template.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var d struct {
+		Spec struct {
+			Template struct {
+				Metadata struct{ Annotations map[string]string }
+				Spec     struct {
+					RuntimeClassName string `yaml:"runtimeClassName"`
+					Containers       []struct{ Name string }
+				}
+			}
+		}
+	}
+	if err := yaml.Unmarshal(b, &d); err != nil {
+		t.Fatal(err)
+	}
+	pod := d.Spec.Template
+	for name := range pod.Metadata.Annotations {
+		if !checkpoint.Known(name) {
+			t.Errorf("annotation %s", name)
+		}
+	}
+	s, err := checkpoint.ParseSettings(pod.Metadata.Annotations, pod.Spec.Containers[0].Name)
+	if err != nil || s.Policy != checkpoint.PolicyTemplate || s.Template == "" || pod.Spec.RuntimeClassName != "stasis" {
+		t.Errorf("%+v, %v", s, err)
 	}
 }
