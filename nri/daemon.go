@@ -69,7 +69,9 @@ const (
 	// counts as unhealthy.
 	staleAfter      = 30 * time.Second
 	shutdownTimeout = 5 * time.Second
-	jobQueue        = 1024
+	// factsRetry is the time until CRIU is asked again after a failure.
+	factsRetry = 5 * time.Second
+	jobQueue   = 1024
 )
 
 // Status is what the daemon says about itself at /status.
@@ -107,7 +109,7 @@ type server struct {
 	jobs    chan job
 	started time.Time
 
-	criuBinary criuFile    // of Run, then of collect
+	criuBinary criuFile    // of keepHostFacts
 	reboot     rebootWatch // of loop
 
 	mu           sync.Mutex
@@ -153,8 +155,6 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	defer tail.Close()
-	s.writeHostFacts(ctx) // before any container can need them
-
 	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range listeners {
 		s.serve(ctx, g, l)
@@ -165,7 +165,9 @@ func Run(ctx context.Context, config Config) (err error) {
 	g.Go(func() error { s.loop(ctx, tail); return nil })
 	g.Go(func() error { s.collect(ctx); return nil })
 	g.Go(func() error { s.watchdog(ctx); return nil })
-	g.Go(func() error { s.reportReady(ctx); return nil })
+	facts := make(chan struct{})
+	g.Go(func() error { s.keepHostFacts(ctx, facts); return nil })
+	g.Go(func() error { s.reportReady(ctx, facts); return nil })
 	g.Go(func() error { s.guard(ctx); return nil })
 	log.G(ctx).WithFields(log.Fields{"version": config.Version, "root": config.Root, "runtime_dir": config.RuntimeDir}).Info("stasisd is up")
 	<-ctx.Done()
@@ -418,7 +420,6 @@ func (s *server) collect(ctx context.Context) {
 		s.gc(ctx)
 		select {
 		case <-tick.C:
-			s.writeHostFacts(ctx)
 		case <-ctx.Done():
 			return
 		}
@@ -470,17 +471,39 @@ type criuFile struct {
 	size  int64
 }
 
-// writeHostFacts writes the facts that shims compare at a restore, again only
-// when CRIU's binary is another one.
-func (s *server) writeHostFacts(ctx context.Context) {
+// keepHostFacts writes the facts that shims compare at a restore, now and when
+// CRIU's binary is another one. It closes written after the first time, or when
+// there is no CRIU to wait for.
+func (s *server) keepHostFacts(ctx context.Context, written chan<- struct{}) {
+	for {
+		wait := s.config.GCInterval
+		known := s.writeHostFacts(ctx)
+		if !known {
+			wait = min(wait, factsRetry)
+		}
+		if _, err := exec.LookPath(criu.Binary); written != nil && (known || err != nil) {
+			close(written)
+			written = nil
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// writeHostFacts reports whether the file has the facts of the CRIU that is
+// installed.
+func (s *server) writeHostFacts(ctx context.Context) bool {
 	binary := criuFile{}
-	if path, err := exec.LookPath("criu"); err == nil {
+	if path, err := exec.LookPath(criu.Binary); err == nil {
 		if st, err := os.Stat(path); err == nil {
 			binary = criuFile{path, st.ModTime(), st.Size()}
 		}
 	}
 	if binary == s.criuBinary && binary.path != "" {
-		return
+		return true
 	}
 	h, err := criu.HostFacts(ctx)
 	if err == nil {
@@ -500,8 +523,9 @@ func (s *server) writeHostFacts(ctx context.Context) {
 	case err == nil:
 		l.WithField("criu", h.CRIUVersion).Info("host facts written")
 	case !told && ctx.Err() == nil:
-		l.WithError(err).Error("no host facts: nothing can be restored on this node")
+		l.WithError(err).Error("no host facts yet: nothing can be restored on this node")
 	}
+	return err == nil
 }
 
 func (s *server) healthy() bool {
@@ -521,16 +545,26 @@ func (s *server) status() Status {
 }
 
 // reportReady tells systemd that the daemon is up when the runtime has accepted
-// it, or after ReadyTimeout without a runtime.
-func (s *server) reportReady(ctx context.Context) {
-	t := time.NewTimer(s.config.ReadyTimeout)
-	defer t.Stop()
-	select {
-	case <-s.plugin.accepted:
-	case <-t.C:
-		log.G(ctx).WithField("socket", s.config.NRISocket).Warn("ready without the runtime: containers that are created now are ordinary ones")
-	case <-ctx.Done():
-		return
+// it and the host facts are written, or after ReadyTimeout.
+func (s *server) reportReady(ctx context.Context, facts <-chan struct{}) {
+	late := time.NewTimer(s.config.ReadyTimeout)
+	defer late.Stop()
+	accepted := s.plugin.accepted
+	for accepted != nil || facts != nil {
+		select {
+		case <-accepted:
+			accepted = nil
+			continue
+		case <-facts:
+			facts = nil
+			continue
+		case <-ctx.Done():
+			return
+		case <-late.C:
+		}
+		log.G(ctx).WithFields(log.Fields{"socket": s.config.NRISocket, "connected": accepted == nil, "host_facts": facts == nil}).
+			Warn("ready too early: containers that are created now may be ordinary ones")
+		break
 	}
 	notify(ctx, daemon.SdNotifyReady)
 }

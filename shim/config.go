@@ -18,6 +18,8 @@ type Config struct {
 	// MinUptime: a container that was restored and stopped again earlier than
 	// this, and is restarted in the same sandbox, is taken for crash-looping.
 	MinUptime time.Duration
+	// FactsTimeout is how long a restore waits for the daemon's host facts.
+	FactsTimeout time.Duration
 	// CleanupTimeout bounds every rollback: thaw, signal, removal of a stage.
 	CleanupTimeout time.Duration
 }
@@ -32,6 +34,7 @@ func DefaultConfig() Config {
 		CallerMargin:   5 * time.Second,
 		MinFreeBytes:   64 << 20,
 		MinUptime:      10 * time.Second,
+		FactsTimeout:   20 * time.Second,
 		CleanupTimeout: 30 * time.Second,
 	}
 }

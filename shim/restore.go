@@ -64,7 +64,7 @@ func (s *service) createRestored(ctx context.Context, c *container, rawID string
 // prepareRestore checks the claimed checkpoint against the container and lays
 // out what CRIU expects to find. What it did is undone by cleanRestore.
 func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *container, p *pendingRestore) error {
-	facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile))
+	facts, err := s.hostFacts(ctx)
 	if err != nil {
 		// What is wrong with this file is no fault of the checkpoint, which
 		// must not be quarantined for it.
@@ -118,6 +118,25 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		return err
 	}
 	return c.writeCRIUConfig(p.plan.CRIU)
+}
+
+// hostFacts waits for the daemon to write them, for a while: soon after a boot
+// CRIU may still be finding out what the kernel can do, and a cold start would
+// waste the checkpoint.
+func (s *service) hostFacts(ctx context.Context) (checkpoint.Host, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.config.FactsTimeout)
+	defer cancel()
+	for {
+		facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile))
+		if !errors.Is(err, checkpoint.ErrNotFound) {
+			return facts, err
+		}
+		select {
+		case <-ctx.Done():
+			return facts, err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // applyLayers brings back the writable layer, before it is mounted, and the

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 )
@@ -249,17 +250,41 @@ func TestUndoFails(t *testing.T) {
 	}
 }
 
-// TestNotTheCheckpointsFault: where the node or the container is in the way the
-// container is started cold, with what it has, and the checkpoint stays good.
-func TestNotTheCheckpointsFault(t *testing.T) {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+// TestLateFacts: a restore waits until the daemon has written the host facts.
+func TestLateFacts(t *testing.T) {
+	s, _, _, _ := pending(t)
+	s.config.FactsTimeout = time.Minute
+	name := filepath.Join(s.config.RuntimeDir, hostFactsFile)
+	if _, err := os.Stat(name); err == nil {
+		t.Fatal("the facts are there already")
+	}
+	wrote := make(chan error, 1)
+	time.AfterFunc(150*time.Millisecond, func() { wrote <- criu.WriteHostFacts(name, checkpoint.Host{BootID: thisBoot(t)}) })
+	if _, err := s.hostFacts(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := <-wrote; err != nil {
+		t.Error(err)
+	}
+}
+
+func thisBoot(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		t.Fatal(err)
 	}
-	facts := `{"bootID": "` + strings.TrimSpace(string(boot)) + `"}`
+	return strings.TrimSpace(string(b))
+}
+
+// TestNotTheCheckpointsFault: where the node or the container is in the way the
+// container is started cold, with what it has, and the checkpoint stays good.
+func TestNotTheCheckpointsFault(t *testing.T) {
+	facts := `{"bootID": "` + thisBoot(t) + `"}`
 	for name, tc := range map[string]struct{ facts, reason string }{
 		"facts of another boot": {`{"bootID": "other"}`, "host facts"},
 		"damaged facts":         {`{`, "host facts"},
+		"no facts":              {"", "host facts"},
 		"writable layer in use": {facts, "writable layer is in use"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -267,8 +292,10 @@ func TestNotTheCheckpointsFault(t *testing.T) {
 			if err := errors.Join(c.restore.claim.Release(t.Context()), c.restore.stage.Abort()); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(s.config.RuntimeDir, hostFactsFile), []byte(tc.facts), 0o600); err != nil {
-				t.Fatal(err)
+			if tc.facts != "" {
+				if err := os.WriteFile(filepath.Join(s.config.RuntimeDir, hostFactsFile), []byte(tc.facts), 0o600); err != nil {
+					t.Fatal(err)
+				}
 			}
 			s.openStore = func() (*store.Store, error) { return st, nil }
 			c.spec = &specs.Spec{}

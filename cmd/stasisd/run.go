@@ -68,7 +68,7 @@ Under systemd it reports readiness and answers the watchdog.`,
 	f.IntVar(&c.GC.MaxCount, "max-count", 0, "remove the oldest checkpoints beyond this many; 0 for no limit")
 	f.IntVar(&c.GC.KeepPerIdentity, "keep", 2, "remove all but this many checkpoints of one container; 0 for no limit")
 	f.DurationVar(&c.GCInterval, "gc-interval", 5*time.Minute, "time between two removals of old checkpoints")
-	f.DurationVar(&c.ReadyTimeout, "ready-timeout", 30*time.Second, "tell systemd that the daemon is ready after this long without containerd")
+	f.DurationVar(&c.ReadyTimeout, "ready-timeout", time.Minute, "tell systemd that the daemon is ready after this long without containerd or CRIU")
 	f.BoolVar(&c.InhibitShutdown, "inhibit-shutdown", false, "hold up a shutdown of the node, by way of systemd-logind, until its containers are dumped")
 	f.StringVar(&c.KubeletUnit, "kubelet-unit", "kubelet.service", "systemd unit of the kubelet, which is stopped before the containers are dumped at a shutdown")
 	f.StringVar(&c.ContainerdState, "containerd-state", "/run/containerd", "containerd's state directory")

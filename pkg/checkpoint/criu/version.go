@@ -15,8 +15,10 @@ import (
 // Binary is CRIU's program, looked up in PATH.
 const Binary = "criu"
 
-// rpcTimeout bounds a question to CRIU that the caller gave no deadline.
-const rpcTimeout = 10 * time.Second
+// rpcTimeout bounds a question to CRIU that the caller gave no deadline. The
+// first after a boot takes long where the machine is slow: CRIU tries out all
+// that the kernel can do, and keeps what it found in /run/criu.kdat.
+const rpcTimeout = time.Minute
 
 // FeatureSet says what CRIU can do on this kernel.
 type FeatureSet struct {
