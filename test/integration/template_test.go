@@ -381,3 +381,51 @@ func TestTemplateRemovedWhileCloning(t *testing.T) {
 	}
 	t.Logf("%d of %d clones are warm; rm was refused %d times", warm, len(clones), busy)
 }
+
+// talking keeps a connection of its own alive and says when it is lost.
+const talking = `
+import socket, threading, time
+server = socket.create_server(("", 7000))
+def answer(c):
+    try:
+        while c.send(c.recv(64)): pass
+    except OSError: pass
+def serve():
+    while True: threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+threading.Thread(target=serve, daemon=True).start()
+connection, lost, n = socket.create_connection(("127.0.0.1", 7000)), 0, 0
+while True:
+    n += 1
+    try:
+        connection.sendall(b"x")
+        if not connection.recv(64): raise OSError("closed")
+    except OSError:
+        lost += 1
+        connection = socket.create_connection(("127.0.0.1", 7000))
+    print("count", n, "lost", lost, flush=True)
+    time.sleep(0.05)
+`
+
+// TestTemplateConnections: the source keeps its connections, a clone finds them
+// closed, and its listening socket takes new ones.
+func TestTemplateConnections(t *testing.T) {
+	n, name := newNode(t), uniqueKey(t)
+	removeTemplate(t, name)
+	p := n.runPod(name, map[string]string{checkpoint.AnnotationPolicy: "template", checkpoint.AnnotationTCP: "keep"})
+	src := p.start("c", "python", []string{"python3", "-c", talking})
+	src.waitCount(10)
+	src.makeTemplate(t, name)
+	ns, _ := counts(src.log())
+	at := src.waitCount(ns[len(ns)-1] + 10)
+	if log := src.log(); strings.Contains(log, "lost 1") {
+		t.Errorf("the source lost its connection: %s", tail(log, 500))
+	}
+	c := clonePod(n, name).start("c", "python", []string{"python3", "-c", talking})
+	c.waitCount(at)
+	if ns, _ := counts(c.log()); ns[0] < 10 {
+		t.Errorf("the clone begins with count %d", ns[0])
+	}
+	if log := c.log(); !strings.Contains(log, "lost 1") || strings.Contains(log, "lost 2") {
+		t.Errorf("the clone's connection was not closed, once: %s", tail(log, 500))
+	}
+}
