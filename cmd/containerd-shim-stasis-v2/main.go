@@ -9,11 +9,11 @@ import (
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/manager"
 	"github.com/containerd/containerd/v2/pkg/shim"
 
-	_ "github.com/stasis-containers/stasis/shim" // registers the task service
+	stasis "github.com/stasis-containers/stasis/shim" // also registers the task service
 )
 
 func main() {
 	// The runtime's name stays that of runc: bundles, options and every tool
 	// that knows io.containerd.runc.v2 go on working.
-	shim.RunShim(context.Background(), manager.NewShimManager("io.containerd.runc.v2"))
+	shim.RunShim(context.Background(), stasis.NewManager(manager.NewShimManager("io.containerd.runc.v2")))
 }
