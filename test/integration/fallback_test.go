@@ -182,7 +182,8 @@ func TestHostileAnnotations(t *testing.T) {
 			n := newNode(t)
 			name := uniqueKey(t)
 			p := n.runPod(name, tc.annotations)
-			c := p.start("c", "busybox", shell(`trap 'exit 7' TERM; while :; do sleep 0.05; done`))
+			c := p.start("c", "busybox", shell(`trap 'exit 7' TERM; `+counting))
+			c.waitCount(1) // process 1 ignores the signal until the trap is set
 			for k := range c.specAnnotations() {
 				if checkpoint.Reserved(k) {
 					t.Errorf("annotation %s reached the runtime", k)

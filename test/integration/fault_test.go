@@ -35,6 +35,15 @@ func daemonPID(t *testing.T, name string) int {
 	return pid
 }
 
+// restart kills a daemon and starts it again.
+func restart(t *testing.T, name string) {
+	t.Helper()
+	syscall.Kill(daemonPID(t, name), syscall.SIGKILL)
+	if out, err := exec.Command("/src/test/node/up", name).CombinedOutput(); err != nil {
+		t.Errorf("restart %s: %v\n%s", name, err, out)
+	}
+}
+
 // shimPIDs finds the shims of a sandbox.
 func shimPIDs(sandbox string) (pids []int) {
 	names, _ := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -122,10 +131,7 @@ func oneFault(t *testing.T, n *node, victim string, i int, outcome map[string]in
 				syscall.Kill(pid, syscall.SIGKILL)
 			}
 		default:
-			syscall.Kill(daemonPID(t, victim), syscall.SIGKILL)
-			if out, err := exec.Command("/src/test/node/up", victim).CombinedOutput(); err != nil {
-				t.Errorf("restart %s: %v\n%s", victim, err, out)
-			}
+			restart(t, victim)
 		}
 	}
 

@@ -333,6 +333,14 @@ func TestPrepareKill9(t *testing.T) {
 		t.Error("the faults hit only one side")
 	}
 	assertNothingFrozen(t)
+	// What the shims left in the middle of a dump the daemon sweeps.
+	restart(t, "stasisd")
+	eventually(t, "sweep", func() error {
+		if m, _ := filepath.Glob(filepath.Join(storeRoot, ".stage-*")); len(m) != 0 {
+			return fmt.Errorf("stages left: %v", m)
+		}
+		return nil
+	})
 }
 
 // TestPrepareContainerdRestarts: containerd finds a prepared container again as
