@@ -209,7 +209,9 @@ func hostnameOf(s *specs.Spec) (string, error) {
 	return s.Hostname, nil
 }
 
-// hostnameIn asks in the UTS namespace itself, on a thread that ends with it.
+// hostnameIn asks in the UTS namespace itself, on a thread that comes back from
+// it. The thread must not end: it may have started a runc, which the kernel then
+// kills (go-runc asks for that by Pdeathsig).
 func hostnameIn(path string) (string, error) {
 	type answer struct {
 		name string
@@ -217,23 +219,40 @@ func hostnameIn(path string) (string, error) {
 	}
 	ch := make(chan answer, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread has changed its namespace and must die
-		ch <- func() (a answer) {
-			f, err := os.Open(path)
-			if err != nil {
-				return answer{err: err}
-			}
-			defer f.Close()
-			if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWUTS); err != nil {
-				return answer{err: fmt.Errorf("enter uts namespace %s: %w", path, err)}
-			}
-			var u unix.Utsname
-			if err := unix.Uname(&u); err != nil {
-				return answer{err: fmt.Errorf("uname: %w", err)}
-			}
-			return answer{name: unix.ByteSliceToString(u.Nodename[:])}
-		}()
+		runtime.LockOSThread()
+		name, back, err := hostnameThere(path)
+		if back {
+			runtime.UnlockOSThread()
+		} // else the thread is of no more use, and ends with this function
+		ch <- answer{name, err}
 	}()
 	a := <-ch
 	return a.name, a.err
+}
+
+// hostnameThere runs on a locked thread, and reports whether that is in its own
+// namespace afterwards.
+func hostnameThere(path string) (name string, back bool, err error) {
+	own, err := os.Open("/proc/thread-self/ns/uts")
+	if err != nil {
+		return "", true, err
+	}
+	defer own.Close()
+	f, err := os.Open(path)
+	if err != nil {
+		return "", true, err
+	}
+	defer f.Close()
+	if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWUTS); err != nil {
+		return "", true, fmt.Errorf("enter uts namespace %s: %w", path, err)
+	}
+	var u unix.Utsname
+	err = unix.Uname(&u)
+	if berr := unix.Setns(int(own.Fd()), unix.CLONE_NEWUTS); berr != nil {
+		return "", false, fmt.Errorf("leave uts namespace %s: %w", path, berr)
+	}
+	if err != nil {
+		return "", true, fmt.Errorf("uname: %w", err)
+	}
+	return unix.ByteSliceToString(u.Nodename[:]), true, nil
 }
