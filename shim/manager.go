@@ -37,8 +37,11 @@ func (m manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 // release kills everything of the container, frozen or not. It finds the cgroup
 // by the first process, whose id runc left in the bundle; the current directory
 // is a bundle beside it.
+//
+// Where that process is dead there is nothing to do, as after every ordinary
+// end: a first process that is frozen is not dead on cgroup v1, and takes the
+// others with it on v2.
 func release(id string) error {
-	endCheckpoints(id)
 	cwd, err := os.Getwd()
 	if err != nil {
 		return err
@@ -56,7 +59,7 @@ func release(id string) error {
 	}
 	group, err := freezerPath(pid)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-		return nil // it is dead, and on the way it was not frozen
+		return nil // it is dead
 	}
 	if err != nil {
 		return err
@@ -68,6 +71,7 @@ func release(id string) error {
 	if err != nil {
 		return err
 	}
+	endCheckpoints(id)
 	return errors.Join(cg.killAll(), thaw(cg))
 }
 
