@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
@@ -140,7 +141,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	}
 	defer unlock()
 	s := newServer(config, st)
-	if s.reboot.bootID, err = reboot.BootID(); err != nil {
+	if s.reboot.bootID, err = checkpoint.BootID(); err != nil {
 		return err
 	}
 	listeners, err := s.listen(ctx)

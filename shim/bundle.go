@@ -17,17 +17,6 @@ import (
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 )
 
-// Annotations that containerd's CRI plugin writes into the spec
-// (internal/cri/annotations).
-const (
-	criSandboxNamespace = "io.kubernetes.cri.sandbox-namespace"
-	criSandboxName      = "io.kubernetes.cri.sandbox-name"
-	criSandboxUID       = "io.kubernetes.cri.sandbox-uid"
-	criSandboxID        = "io.kubernetes.cri.sandbox-id"
-	criContainerName    = "io.kubernetes.cri.container-name"
-	criImageName        = "io.kubernetes.cri.image-name"
-)
-
 const (
 	specFile       = "config.json"
 	criuConfigFile = "criu.conf"
@@ -98,9 +87,9 @@ func setCRIUConfig(bundle, path string) error {
 // identityOf takes the identity from what CRI wrote and the daemon resolved.
 func identityOf(annotations map[string]string) (checkpoint.Identity, error) {
 	i := checkpoint.Identity{
-		Namespace: annotations[criSandboxNamespace],
+		Namespace: annotations[checkpoint.CRISandboxNamespace],
 		Key:       annotations[checkpoint.InternalKey],
-		Container: annotations[criContainerName],
+		Container: annotations[checkpoint.CRIContainerName],
 	}
 	return i, i.Validate()
 }

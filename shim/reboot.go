@@ -64,7 +64,7 @@ func (s *service) Status(ctx context.Context, id string) (control.Status, error)
 	}
 	st := control.Status{
 		State: control.Stopped, Identity: c.identity, Settings: c.settings,
-		PodName: c.annotations[criSandboxName], PodUID: c.annotations[criSandboxUID],
+		PodName: c.annotations[checkpoint.CRISandboxName], PodUID: c.annotations[checkpoint.CRISandboxUID],
 	}
 	c.mu.Lock()
 	op, pid, cg, job := c.busy, c.pid, c.cgroup, c.prepare
@@ -130,12 +130,9 @@ func (s *service) beginPrepare(ctx context.Context, c *container) (job *dumpJob,
 	if job, err := c.preparable(); job != nil || err != nil {
 		return job, false, err
 	}
-	state, err := s.TTRPCTaskService.State(ctx, &taskAPI.StateRequest{ID: c.id})
+	state, err := s.running(ctx, c)
 	if err != nil {
-		return nil, false, errgrpc.ToNative(err)
-	}
-	if state.Status != task.Status_RUNNING {
-		return nil, false, fmt.Errorf("it is %s, not running: %w", state.Status, errdefs.ErrFailedPrecondition)
+		return nil, false, err
 	}
 	job, life, deadline := s.newJob(ctx)
 	if other, err := c.beginPreparing(job, state); other != nil || err != nil {
@@ -144,7 +141,7 @@ func (s *service) beginPrepare(ctx context.Context, c *container) (job *dumpJob,
 	}
 	go func() { // ends with the container, with Abort or with the shim
 		defer job.cancel(nil)
-		job.result, job.err = s.prepare(life, deadline, c, int(state.Pid))
+		job.result, job.err = s.detached(life, deadline, c, int(state.Pid), dumpMode{reboot: true})
 		if job.err != nil {
 			c.end()
 			close(job.done)
@@ -163,11 +160,24 @@ func (s *service) beginPrepare(ctx context.Context, c *container) (job *dumpJob,
 	return job, true, nil
 }
 
-func (s *service) prepare(ctx context.Context, deadline time.Time, c *container, pid int) (control.Result, error) {
+// running returns the state of a container that runs, and an error for others.
+func (s *service) running(ctx context.Context, c *container) (*taskAPI.StateResponse, error) {
+	state, err := s.TTRPCTaskService.State(ctx, &taskAPI.StateRequest{ID: c.id})
+	if err != nil {
+		return nil, errgrpc.ToNative(err)
+	}
+	if state.Status != task.Status_RUNNING {
+		return nil, fmt.Errorf("it is %s, not running: %w", state.Status, errdefs.ErrFailedPrecondition)
+	}
+	return state, nil
+}
+
+// detached is the dump of a job, of which control tells.
+func (s *service) detached(ctx context.Context, deadline time.Time, c *container, pid int, mode dumpMode) (control.Result, error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	start := time.Now()
-	m, err := s.dump(ctx, c, pid, dumpMode{reboot: true})
+	m, err := s.dump(ctx, c, pid, mode)
 	if err != nil {
 		return control.Result{}, err
 	}

@@ -105,7 +105,7 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	}
 	// Only a restart in the same sandbox is the kubelet's answer to a
 	// container that fails; a new sandbox is somebody's wish.
-	if m.Template == "" && m.SandboxID == c.annotations[criSandboxID] {
+	if m.Template == "" && m.SandboxID == c.annotations[checkpoint.CRISandboxID] {
 		r.MinUptime = s.config.MinUptime
 	}
 	if p.plan, err = restore.Prepare(ctx, r); err != nil {

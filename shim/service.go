@@ -521,7 +521,7 @@ func (s *service) event(ctx context.Context, c *container, e event.Event) {
 		e.Identity = &i
 	}
 	e.ContainerID = c.id
-	e.PodName, e.PodUID, e.SandboxID = c.annotations[criSandboxName], c.annotations[criSandboxUID], c.annotations[criSandboxID]
+	e.PodName, e.PodUID, e.SandboxID = c.annotations[checkpoint.CRISandboxName], c.annotations[checkpoint.CRISandboxUID], c.annotations[checkpoint.CRISandboxID]
 	l := log.G(ctx).WithFields(log.Fields{
 		"sandbox_id": e.SandboxID, "checkpoint_id": e.CheckpointID, "op": e.Type,
 		"duration_ms": e.DurationMicros / 1000, "size_bytes": e.SizeBytes,

@@ -7,9 +7,7 @@ import (
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
-	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
@@ -44,12 +42,9 @@ func (s *service) snapshot(ctx context.Context, id, template string) (control.Re
 		return control.Result{}, fmt.Errorf("its pod is annotated neither with %s: %s nor with %s, and is not as clones are (%s): %w",
 			checkpoint.AnnotationPolicy, checkpoint.PolicyTemplate, checkpoint.AnnotationTemplate, checkpoint.GenerationMount, errdefs.ErrFailedPrecondition)
 	}
-	state, err := s.TTRPCTaskService.State(ctx, &taskAPI.StateRequest{ID: c.id})
+	state, err := s.running(ctx, c)
 	if err != nil {
-		return control.Result{}, errgrpc.ToNative(err)
-	}
-	if state.Status != task.Status_RUNNING {
-		return control.Result{}, fmt.Errorf("it is %s, not running: %w", state.Status, errdefs.ErrFailedPrecondition)
+		return control.Result{}, err
 	}
 	job, life, deadline := s.newJob(ctx)
 	if err := c.beginSnapshot(job, state); err != nil {
@@ -60,18 +55,12 @@ func (s *service) snapshot(ctx context.Context, id, template string) (control.Re
 		defer job.cancel(nil)
 		defer close(job.done)
 		defer c.end()
-		life, cancel := context.WithDeadline(life, deadline)
-		defer cancel()
-		start := time.Now()
-		m, err := s.dump(life, c, int(state.Pid), dumpMode{template: template})
+		job.result, job.err = s.detached(life, deadline, c, int(state.Pid), dumpMode{template: template})
 		// What the CRI call finds in this file it uses.
-		if werr := c.writeCRIUConfig(s.dumpOptions(c)); werr != nil {
-			log.G(life).WithError(werr).Error("options of the next dump")
+		if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
+			log.G(life).WithError(err).Error("options of the next dump")
 		}
-		if job.err = err; err == nil {
-			job.result = control.Result{
-				CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes, Duration: time.Since(start), Timings: m.Timings,
-			}
+		if job.err == nil {
 			s.pruneTemplates(life)
 		}
 	}()
@@ -87,6 +76,8 @@ func (s *service) snapshot(ctx context.Context, id, template string) (control.Re
 // pruneTemplates removes what the new version replaces; what it cannot remove
 // now, because a container is being created from it, the daemon sweeps.
 func (s *service) pruneTemplates(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, s.config.CleanupTimeout)
+	defer cancel()
 	st, err := s.openStore()
 	if err == nil {
 		_, err = st.PruneTemplates(ctx)

@@ -352,7 +352,7 @@ func (u *unpacker) describe(m *checkpoint.Manifest, o importOptions) error {
 		return fmt.Errorf("%s: no process in it: %w", metadata.SpecDumpFile, checkpoint.ErrInvalid)
 	}
 	m.ContainerID, m.ImageName = short(u.config.ID), short(u.config.RootfsImageName)
-	m.PodName = short(u.spec.Annotations["io.kubernetes.cri.sandbox-name"])
+	m.PodName = short(u.spec.Annotations[checkpoint.CRISandboxName])
 	m.Fingerprint = checkpoint.ComputeFingerprint(u.spec)
 	m.ImageDigest = o.imageDigest
 	m.Lost = []string{"imported: what the archive of container " + m.ContainerID + " did not hold"}

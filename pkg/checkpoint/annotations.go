@@ -55,6 +55,17 @@ func Ours(name string) bool {
 	return strings.HasPrefix(name, Prefix) || strings.Contains(name, "."+Prefix)
 }
 
+// Annotations that containerd's CRI plugin writes into the OCI spec of a
+// container (internal/cri/annotations).
+const (
+	CRISandboxNamespace = "io.kubernetes.cri.sandbox-namespace"
+	CRISandboxName      = "io.kubernetes.cri.sandbox-name"
+	CRISandboxUID       = "io.kubernetes.cri.sandbox-uid"
+	CRISandboxID        = "io.kubernetes.cri.sandbox-id"
+	CRIContainerName    = "io.kubernetes.cri.container-name"
+	CRIImageName        = "io.kubernetes.cri.image-name"
+)
+
 // Annotations that only the daemon writes, into the OCI spec of a container.
 // Whatever a user put there is removed or overwritten.
 const (

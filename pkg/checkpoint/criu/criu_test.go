@@ -715,7 +715,7 @@ func TestHostFactsFile(t *testing.T) {
 	if _, err := ReadHostFacts(path); !errors.Is(err, checkpoint.ErrNotFound) {
 		t.Errorf("absent: %v", err)
 	}
-	boot, err := bootID()
+	boot, err := checkpoint.BootID()
 	if err != nil {
 		t.Fatal(err)
 	}

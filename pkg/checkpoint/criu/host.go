@@ -107,18 +107,13 @@ func HostFacts(ctx context.Context) (checkpoint.Host, error) {
 		return h, fmt.Errorf("uname: %w", err)
 	}
 	h.KernelRelease = unix.ByteSliceToString(u.Release[:])
-	if h.BootID, err = bootID(); err != nil {
+	if h.BootID, err = checkpoint.BootID(); err != nil {
 		return h, err
 	}
 	if h.CPUFlags, err = CPUFlags(); err != nil {
 		return h, err
 	}
 	return h, nil
-}
-
-func bootID() (string, error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b)), err
 }
 
 // cgroupMode is "unified" for cgroup v2 alone, "hybrid" for v1 with a v2
@@ -182,7 +177,7 @@ func ReadHostFacts(path string) (checkpoint.Host, error) {
 	if err := json.NewDecoder(bytes.NewReader(b)).Decode(&h); err != nil {
 		return h, fmt.Errorf("host facts %s: %w: %w", path, err, checkpoint.ErrCorrupt)
 	}
-	boot, err := bootID()
+	boot, err := checkpoint.BootID()
 	if err != nil {
 		return h, err
 	}

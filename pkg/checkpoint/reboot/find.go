@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"path/filepath"
@@ -26,14 +25,6 @@ const (
 
 	maxSpecBytes      = 16 << 20
 	maxBootstrapBytes = 64 << 10
-)
-
-// Annotations that containerd's CRI plugin writes into the spec.
-const (
-	criSandboxNamespace = "io.kubernetes.cri.sandbox-namespace"
-	criSandboxName      = "io.kubernetes.cri.sandbox-name"
-	criSandboxUID       = "io.kubernetes.cri.sandbox-uid"
-	criContainerName    = "io.kubernetes.cri.container-name"
 )
 
 // Container is an opted-in container of this node, as its bundle tells.
@@ -91,7 +82,7 @@ var errNotOptedIn = errors.New("not opted in")
 
 // read takes what the bundle's spec says.
 func (c *Container) read() error {
-	b, err := readFile(filepath.Join(c.Bundle, "config.json"), maxSpecBytes)
+	b, err := fsys.ReadFile(fsys.OS{}, filepath.Join(c.Bundle, "config.json"), maxSpecBytes)
 	if err != nil {
 		return fmt.Errorf("bundle: %w", err)
 	}
@@ -105,8 +96,8 @@ func (c *Container) read() error {
 	if _, ok := a[checkpoint.InternalPolicy]; !ok {
 		return errNotOptedIn
 	}
-	c.PodName, c.PodUID = truncate(a[criSandboxName], 253), truncate(a[criSandboxUID], 253)
-	i := checkpoint.Identity{Namespace: a[criSandboxNamespace], Key: a[checkpoint.InternalKey], Container: a[criContainerName]}
+	c.PodName, c.PodUID = truncate(a[checkpoint.CRISandboxName], 253), truncate(a[checkpoint.CRISandboxUID], 253)
+	i := checkpoint.Identity{Namespace: a[checkpoint.CRISandboxNamespace], Key: a[checkpoint.InternalKey], Container: a[checkpoint.CRIContainerName]}
 	if err := i.Validate(); err != nil {
 		return fmt.Errorf("bundle: %w", err)
 	}
@@ -114,23 +105,9 @@ func (c *Container) read() error {
 	return nil
 }
 
-// readFile reads a regular file of at most limit bytes, following no link.
-func readFile(path string, limit int64) ([]byte, error) {
-	f, err := fsys.OS{}.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(b)) > limit {
-		err = fmt.Errorf("%s: more than %d bytes: %w", path, limit, checkpoint.ErrInvalid)
-	}
-	return b, err
-}
-
 // socket is the path of the shim's socket.
 func (c *Container) socket() (string, error) {
-	b, err := readFile(filepath.Join(c.Bundle, "bootstrap.json"), maxBootstrapBytes)
+	b, err := fsys.ReadFile(fsys.OS{}, filepath.Join(c.Bundle, "bootstrap.json"), maxBootstrapBytes)
 	if err != nil {
 		return "", err
 	}

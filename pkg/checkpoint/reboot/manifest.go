@@ -4,9 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -155,20 +153,12 @@ func containerID(s string) bool {
 // fs.ErrNotExist if there is none, and with [checkpoint.ErrCorrupt] if it is
 // anything but what Save writes.
 func Load(files fsys.FS, root string) (*Manifest, error) {
-	f, err := files.Open(filepath.Join(root, FileName))
-	if errors.Is(err, fsys.ErrNotRegular) || errors.Is(err, unix.ELOOP) {
+	b, err := fsys.ReadFile(files, filepath.Join(root, FileName), maxManifestBytes)
+	if errors.Is(err, fsys.ErrNotRegular) || errors.Is(err, fsys.ErrTooLarge) || errors.Is(err, unix.ELOOP) {
 		return nil, fmt.Errorf("node manifest: %w: %w", checkpoint.ErrCorrupt, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("node manifest: %w", err)
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxManifestBytes+1))
-	if err != nil {
-		return nil, fmt.Errorf("node manifest: %w", err)
-	}
-	if len(b) > maxManifestBytes {
-		return nil, fmt.Errorf("node manifest: more than %d bytes: %w", maxManifestBytes, checkpoint.ErrCorrupt)
 	}
 	var m Manifest
 	if err := json.Unmarshal(b, &m); err != nil {
@@ -196,7 +186,7 @@ func save(files fsys.FS, root string, m *Manifest) error {
 	}
 	temp := filepath.Join(root, tempName)
 	if err = files.Remove(temp); err == nil || errors.Is(err, fs.ErrNotExist) {
-		err = writeFile(files, temp, append(b, '\n'))
+		err = fsys.WriteFile(files, temp, append(b, '\n'))
 	}
 	if err == nil {
 		err = remove(files, root)
@@ -229,32 +219,11 @@ func remove(files fsys.FS, root string) error {
 	return nil
 }
 
-func writeFile(files fsys.FS, path string, data []byte) error {
-	f, err := files.Create(path, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
-}
-
 func truncate(s string, limit int) string {
 	if len(s) <= limit {
 		return s
 	}
 	return strings.ToValidUTF8(s[:limit-3], "") + "..."
-}
-
-// BootID is the kernel's name for the present boot.
-func BootID() (string, error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", fmt.Errorf("boot id: %w", err)
-	}
-	return strings.TrimSpace(string(b)), nil
 }
 
 func kernelRelease() (string, error) {

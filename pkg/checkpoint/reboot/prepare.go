@@ -145,7 +145,7 @@ func MemoryBytes(targets []Target) (sum int64) {
 func (n *Node) Prepare(ctx context.Context, o Options) (*Manifest, error) {
 	m := &Manifest{FormatVersion: FormatVersion}
 	var err error
-	if m.BootID, err = BootID(); err != nil {
+	if m.BootID, err = checkpoint.BootID(); err != nil {
 		return nil, err
 	}
 	if m.KernelRelease, err = kernelRelease(); err != nil {
@@ -207,7 +207,7 @@ func (n *Node) Prepare(ctx context.Context, o Options) (*Manifest, error) {
 // lock excludes every other preparation or abort on this store.
 func (n *Node) lock(ctx context.Context) (io.Closer, error) {
 	path := filepath.Join(n.Root, lockName)
-	if err := writeFile(fsys.OS{}, path, nil); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := fsys.WriteFile(fsys.OS{}, path, nil); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("lock the node: %w", err)
 	}
 	l, err := fsys.OS{}.Lock(ctx, path)
@@ -355,7 +355,7 @@ type Aborted struct {
 // manifest, lets every container go on, and starts the kubelet if the
 // preparation had stopped it. It does all it can and returns the errors joined.
 func (n *Node) Abort(ctx context.Context) (*Aborted, error) {
-	boot, err := BootID()
+	boot, err := checkpoint.BootID()
 	if err != nil {
 		return nil, err
 	}

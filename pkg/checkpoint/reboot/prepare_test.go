@@ -230,8 +230,8 @@ func (n *testNode) bundle(key string) string {
 
 func spec(key string) string {
 	b, err := json.Marshal(map[string]any{"ociVersion": "1.2.0", "annotations": map[string]string{
-		checkpoint.InternalPolicy: "reboot", checkpoint.InternalKey: key, criSandboxNamespace: "default",
-		criSandboxName: "pod-" + key, criSandboxUID: "uid-" + key, criContainerName: "c",
+		checkpoint.InternalPolicy: "reboot", checkpoint.InternalKey: key, checkpoint.CRISandboxNamespace: "default",
+		checkpoint.CRISandboxName: "pod-" + key, checkpoint.CRISandboxUID: "uid-" + key, checkpoint.CRIContainerName: "c",
 	}})
 	if err != nil {
 		panic(err)
@@ -344,7 +344,7 @@ func TestPrepare(t *testing.T) {
 			t.Errorf("reason of %s: %q, want %q", key, reason(m, key), part)
 		}
 	}
-	if boot, err := BootID(); err != nil || m.BootID != boot || m.KernelRelease == "" || m.Complete() {
+	if boot, err := checkpoint.BootID(); err != nil || m.BootID != boot || m.KernelRelease == "" || m.Complete() {
 		t.Errorf("manifest %+v, %v", m, err)
 	}
 	saved, err := Load(fsys.OS{}, n.Root)

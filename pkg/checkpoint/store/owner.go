@@ -5,15 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 )
 
@@ -44,11 +43,9 @@ func thisProcess() (Owner, error) {
 		return o, fmt.Errorf("owner: %w", err)
 	}
 	o.StartTicks = stat.startTicks
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
+	if o.BootID, err = checkpoint.BootID(); err != nil {
 		return o, fmt.Errorf("owner: %w", err)
 	}
-	o.BootID = strings.TrimSpace(string(boot))
 	if o.PIDNamespace, err = os.Readlink("/proc/self/ns/pid"); err != nil {
 		return o, fmt.Errorf("owner: %w", err)
 	}
@@ -106,7 +103,7 @@ func (s *Store) writeOwner(path, containerID string) error {
 	if err := s.fs.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("owner: %w", err)
 	}
-	if err := writeFile(s.fs, path, append(data, '\n')); err != nil {
+	if err := fsys.WriteFile(s.fs, path, append(data, '\n')); err != nil {
 		return fmt.Errorf("owner: %w", err)
 	}
 	return nil
@@ -115,11 +112,11 @@ func (s *Store) writeOwner(path, containerID string) error {
 // owner reads the owner's file, and whether the owner may be alive. The owner
 // is nil if there is no such file or it is damaged.
 func (s *Store) owner(path string) (*Owner, bool, error) {
-	data, err := readFile(s.fs, path, maxOwnerBytes)
+	data, err := fsys.ReadFile(s.fs, path, maxOwnerBytes)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, false, nil
 	}
-	if err != nil && !errors.Is(err, errTooLarge) && !errors.Is(err, fsys.ErrNotRegular) {
+	if err != nil && !errors.Is(err, fsys.ErrTooLarge) && !errors.Is(err, fsys.ErrNotRegular) {
 		return nil, true, fmt.Errorf("owner: %w", err)
 	}
 	var o Owner
@@ -134,37 +131,4 @@ func (s *Store) owner(path string) (*Owner, bool, error) {
 		return nil, true, fmt.Errorf("owner: %w", err)
 	}
 	return nil, time.Since(st.ModTime()) < UnreadableOwnerGrace, nil
-}
-
-var errTooLarge = errors.New("file is too large")
-
-// readFile reads a regular file of at most max bytes.
-func readFile(fsys fsys.FS, path string, max int64) ([]byte, error) {
-	f, err := fsys.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	data, err := io.ReadAll(io.LimitReader(f, max+1))
-	err = errors.Join(err, f.Close())
-	if err == nil && int64(len(data)) > max {
-		err = fmt.Errorf("%s: %w", path, errTooLarge)
-	}
-	return data, err
-}
-
-// writeFile makes a new file and its content durable, but not yet its name.
-// After an error there is no such file.
-func writeFile(fsys fsys.FS, path string, data []byte) error {
-	f, err := fsys.Create(path, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return errors.Join(err, fsys.Remove(path))
-	}
-	return nil
 }

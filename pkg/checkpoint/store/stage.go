@@ -175,7 +175,7 @@ func (g *Stage) seal(ctx context.Context, m checkpoint.Manifest, start time.Time
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if err := writeFile(g.s.fs, manifest, data); err != nil {
+	if err := fsys.WriteFile(g.s.fs, manifest, data); err != nil {
 		return nil, err
 	}
 	for _, name := range slices.Backward(t.dirs) { // a parent comes before its children

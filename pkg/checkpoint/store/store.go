@@ -58,7 +58,7 @@ func (e *CorruptError) Unwrap() error { return e.Err }
 // Open opens the store at root, an absolute path, and makes the directories
 // that are missing. It fails with [checkpoint.ErrInvalid] if root is not a
 // directory of this user that nobody else has any right to.
-func Open(fsys fsys.FS, root string) (*Store, error) {
+func Open(files fsys.FS, root string) (*Store, error) {
 	if !filepath.IsAbs(root) {
 		return nil, fmt.Errorf("store %q: path is not absolute: %w", root, checkpoint.ErrInvalid)
 	}
@@ -66,11 +66,11 @@ func Open(fsys fsys.FS, root string) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	s := &Store{fs: fsys, root: filepath.Clean(root), self: self, workers: 8}
+	s := &Store{fs: files, root: filepath.Clean(root), self: self, workers: 8}
 	if err := s.mkdirAll(s.root); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	st, err := fsys.Lstat(s.root)
+	st, err := files.Lstat(s.root)
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
@@ -94,10 +94,10 @@ func Open(fsys fsys.FS, root string) (*Store, error) {
 	// All locks are made now: on a full disk later, removing must still work.
 	for _, digit := range "0123456789abcdef" {
 		lock := s.path(locksDir, string(digit))
-		if _, err := fsys.Lstat(lock); err == nil {
+		if _, err := files.Lstat(lock); err == nil {
 			continue
 		}
-		if err := writeFile(fsys, lock, nil); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := fsys.WriteFile(files, lock, nil); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, fmt.Errorf("store: %w", err)
 		}
 	}
@@ -583,7 +583,7 @@ const maxReasonBytes = 64 << 10
 // reason is empty where it was not written or is damaged.
 func (s *Store) reason(dir string) string {
 	var r quarantineReason
-	if data, err := readFile(s.fs, filepath.Join(dir, reasonFile), maxReasonBytes); err == nil {
+	if data, err := fsys.ReadFile(s.fs, filepath.Join(dir, reasonFile), maxReasonBytes); err == nil {
 		_ = json.Unmarshal(data, &r)
 	}
 	return r.Reason
@@ -662,7 +662,7 @@ func (s *Store) replaceFile(path string, data []byte) error {
 	if err := s.fs.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return writeFile(s.fs, path, data)
+	return fsys.WriteFile(s.fs, path, data)
 }
 
 // Remove removes a committed or quarantined checkpoint, for good once it

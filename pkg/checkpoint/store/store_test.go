@@ -283,7 +283,7 @@ func TestLifeOfACheckpoint(t *testing.T) {
 		if i < 0 || records[i].State != Quarantined || records[i].Reason != "CRIU said no" {
 			t.Errorf("records %+v", records)
 		}
-		log, err := readFile(s.fs, filepath.Join(records[i].Path, "logs", "restore.log"), 1<<30)
+		log, err := fsys.ReadFile(s.fs, filepath.Join(records[i].Path, "logs", "restore.log"), 1<<30)
 		if err != nil || len(log) != MaxLogBytes || !bytes.HasSuffix(log, []byte("end")) {
 			t.Errorf("log of %d bytes, %v", len(log), err)
 		}
