@@ -86,7 +86,10 @@ type Status struct {
 	Root      string       `json:"root"`
 	Store     storeFigures `json:"store"`
 	HostFacts string       `json:"hostFacts"` // "ok", or why a restore is not possible
-	LastGC    *GCReport    `json:"lastGC,omitempty"`
+	// Missed are containers of opted-in pods that are not dumped: they were
+	// created while the daemon was not connected.
+	Missed []reboot.Missed `json:"missed"`
+	LastGC *GCReport       `json:"lastGC,omitempty"`
 	// Reboot is how the containers fare that the node was prepared with, until
 	// the next preparation; RebootError says why nobody knows.
 	Reboot      *reboot.NodeReport `json:"reboot,omitempty"`
@@ -185,6 +188,8 @@ func newServer(config Config, st *store.Store) *server {
 	pods := newPods()
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "stasis", Name: "pods",
 		Help: "Pod sandboxes that the runtime told of."}, func() float64 { return float64(pods.count()) }))
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "stasis", Name: "missed_containers",
+		Help: "Containers of opted-in pods that are not dumped, for they were created while the daemon was not connected."}, func() float64 { return float64(len(s.missedNow())) }))
 	s.plugin = &plugin{latest: st.Latest, template: st.LatestTemplate, runtimeDir: config.RuntimeDir, later: s.later, metrics: m, pods: pods,
 		lookups: make(chan struct{}, maxLookups), accepted: make(chan struct{})}
 	return s
@@ -297,6 +302,9 @@ func (s *server) work(ctx context.Context) {
 }
 
 func (s *server) do(ctx context.Context, j job) {
+	if j.missed != nil {
+		s.supersede(ctx, *j.missed)
+	}
 	if j.quarantine != "" {
 		if err := s.store.Quarantine(ctx, j.quarantine, j.reason, nil); err != nil {
 			log.G(ctx).WithError(err).WithField("checkpoint_id", j.quarantine).Error("damaged checkpoint not set aside")
@@ -323,9 +331,9 @@ func (s *server) tell(ctx context.Context, e event.Event) {
 	case event.Removed:
 		l.Info("checkpoint removed")
 	case event.Ignored:
-		l.Warn("annotation ignored")
+		l.Warn("pod's annotations have no effect")
 	case event.Quarantined:
-		l.Warn("damaged checkpoint set aside")
+		l.Warn("checkpoint set aside")
 	case event.RestoreFail:
 		l.Warn("start refused")
 	default:
@@ -536,12 +544,12 @@ func (s *server) healthy() bool {
 }
 
 func (s *server) status() Status {
-	healthy := s.healthy()
+	healthy, missed := s.healthy(), s.missedNow()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := s.plugin.connectedTo()
 	return Status{Version: s.config.Version, StartedAt: s.started, Healthy: healthy, Runtime: r, Connected: r != "",
-		Pods: s.plugin.pods.count(), Root: s.config.Root, Store: s.figures, HostFacts: s.hostFacts, LastGC: s.lastGC,
+		Pods: s.plugin.pods.count(), Missed: missed, Root: s.config.Root, Store: s.figures, HostFacts: s.hostFacts, LastGC: s.lastGC,
 		Reboot: s.rebootReport, RebootError: s.rebootError}
 }
 

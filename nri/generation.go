@@ -39,6 +39,9 @@ func (p *plugin) mountGeneration(ctx context.Context, c *api.Container, d Decisi
 // RemoveContainer implements stub.RemoveContainerInterface.
 func (c *connection) RemoveContainer(ctx context.Context, _ *api.PodSandbox, ctr *api.Container) error {
 	defer c.metrics.request("RemoveContainer")()
+	c.mu.Lock()
+	delete(c.missed, ctr.GetId())
+	c.mu.Unlock()
 	if c.runtimeDir == "" {
 		return nil
 	}

@@ -48,8 +48,9 @@ type plugin struct {
 	accepted chan struct{} // closed when the runtime accepted the plugin for the first time
 	first    sync.Once     // closes accepted
 
-	mu      sync.Mutex // guards runtime
+	mu      sync.Mutex // guards what follows
 	runtime string     // name and version; empty while not connected
+	missed  map[string]missed
 }
 
 // job is work that a handler leaves to the daemon.
@@ -57,6 +58,7 @@ type job struct {
 	events     []event.Event
 	quarantine checkpoint.ID
 	reason     string
+	missed     *missed
 }
 
 // connection is the plugin as one stub sees it: a stub that was given up must
@@ -93,6 +95,7 @@ func (c *connection) Synchronize(_ context.Context, pods []*api.PodSandbox, cont
 			log.L.WithError(err).Warn("leftovers of removed containers")
 		}
 	}
+	c.lookForMissed(pods, containers)
 	c.metrics.connected.Set(1)
 	log.L.WithFields(log.Fields{"op": "synchronize", "pods": len(pods), "containers": len(containers)}).Info("connected to the runtime")
 	c.once.Do(func() { close(c.synced) })

@@ -131,7 +131,8 @@ func (s *server) guard(ctx context.Context) {
 	if !s.config.InhibitShutdown {
 		return
 	}
-	n := &reboot.Node{Root: s.config.Root, ContainerdState: s.config.ContainerdState, Kubelet: reboot.HostKubelet(s.config.KubeletUnit)}
+	n := &reboot.Node{Root: s.config.Root, ContainerdState: s.config.ContainerdState, Kubelet: reboot.HostKubelet(s.config.KubeletUnit),
+		Missed: func(context.Context) ([]reboot.Missed, error) { return s.plugin.allMissed(), nil }}
 	told := false
 	for ctx.Err() == nil {
 		l, err := reboot.OpenLogind(ctx)

@@ -61,6 +61,7 @@ A signal ends the waiting. What is dumped then stays frozen and dumped.`,
 				return err
 			}
 			n.Root, n.Kubelet = c.root, reboot.HostKubelet(unit)
+			n.Missed = c.missed
 			switch {
 			case dryRun:
 				return c.predictReboot(cmd.Context(), n, o.BestEffort)

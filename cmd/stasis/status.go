@@ -48,6 +48,15 @@ func daemonStatus(ctx context.Context, runtimeDir string) (*nri.Status, error) {
 	return &s, nil
 }
 
+// missed asks the daemon which containers of opted-in pods are ordinary ones.
+func (c *cli) missed(ctx context.Context) ([]reboot.Missed, error) {
+	s, err := daemonStatus(ctx, c.runtimeDir)
+	if err != nil {
+		return nil, err
+	}
+	return s.Missed, nil
+}
+
 func (c *cli) statusCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
@@ -100,9 +109,25 @@ next preparation:
 			if err := t.flush(); err != nil {
 				return err
 			}
+			if err := c.printMissed(s.Missed); err != nil {
+				return err
+			}
 			return c.printReboot(s)
 		},
 	}
+}
+
+// printMissed tells of opted-in containers that stasis cannot dump.
+func (c *cli) printMissed(missed []reboot.Missed) error {
+	if len(missed) == 0 {
+		return nil
+	}
+	fmt.Fprint(c.out, "\nCreated while stasisd was not connected, and not dumped until they are created again:\n")
+	t := newTable(c.out, "CONTAINER", "POD", "CONTAINER ID")
+	for _, m := range missed {
+		t.row(m.Identity.String(), m.PodName, m.ContainerID)
+	}
+	return t.flush()
 }
 
 // printReboot tells of the last preparation for a reboot, if there was one.

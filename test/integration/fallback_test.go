@@ -6,6 +6,7 @@ import (
 	"hash/crc32"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
 )
 
 // damage rewrites one file of a checkpoint. With forge the manifest is made to
@@ -273,15 +275,9 @@ func TestOtherNamespace(t *testing.T) {
 	}
 }
 
-// TestDaemonAway: without the daemon a pod is an ordinary pod, and a record
-// waits.
-func TestDaemonAway(t *testing.T) {
-	n, key := newNode(t), uniqueKey(t)
-	p := n.runPod(key, annotate(key))
-	c := p.start("c", "busybox", shell(counting))
-	c.waitCount(3)
-	c.stop(30)
-	p.remove()
+// stopDaemon stops stasisd; up starts it again.
+func stopDaemon(t *testing.T) {
+	t.Helper()
 	if err := syscall.Kill(daemonPID(t, "stasisd"), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -291,6 +287,79 @@ func TestDaemonAway(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestMissed: a container that begins cold while the daemon is away makes its
+// older record worthless. The daemon sets it aside when it is back, and tells
+// that the container is not dumped; so does prepare-reboot.
+func TestMissed(t *testing.T) {
+	n, key, other := newNode(t), uniqueKey(t), uniqueKey(t)
+	bystander := n.runPod(other, annotate(other)).start("c", "busybox", shell(counting))
+	p := n.runPod(key, annotate(key))
+	c := p.start("c", "busybox", shell(counting))
+	c.waitCount(3)
+	c.stop(30)
+	p.remove()
+	stopDaemon(t)
+	p = n.runPod(key, annotate(key))
+	c = p.start("c", "busybox", shell(counting))
+	c.waitCount(1)
+	run(t, "/src/test/node/up", "stasisd")
+	eventually(t, "the daemon's word on it", func() error {
+		var types []event.Type
+		for _, e := range events(t, key) {
+			if e.ContainerID == c.id && e.ReasonCode == "missed" {
+				types = append(types, e.Type)
+			}
+		}
+		if !slices.Equal(types, []event.Type{event.ColdStart, event.Quarantined}) {
+			return fmt.Errorf("events %v", types)
+		}
+		return nil
+	})
+	if left := records(t, key); len(left) != 0 {
+		t.Errorf("records %v", left)
+	}
+	if status := run(t, "stasis", "status"); !strings.Contains(status, c.id) || strings.Contains(status, bystander.id) {
+		t.Errorf("stasis status:\n%s", status)
+	}
+	all := prepared(t, 1)
+	if e := all[key]; e.Result != reboot.Failed || !strings.Contains(e.Reason, "not connected") {
+		t.Errorf("prepared: %+v", e)
+	}
+	if e := all[other]; e.Result != reboot.Dumped {
+		t.Errorf("prepared: %+v", e)
+	}
+	prepareReboot(t, 0, "--abort")
+	// Created again, it is one like any other.
+	c.stop(1) // a shell that is the first process ignores SIGTERM
+	p.remove()
+	if status := run(t, "stasis", "status"); strings.Contains(status, c.id) {
+		t.Errorf("it is removed, and yet in stasis status:\n%s", status)
+	}
+	p = n.runPod(key, annotate(key))
+	c = p.start("c", "busybox", shell(counting))
+	c.waitCount(3)
+	if ns, _ := counts(c.log()); ns[0] != 1 {
+		t.Errorf("restored from what was set aside, at %d", ns[0])
+	}
+	c.stop(30)
+	if left := records(t, key); len(left) != 1 {
+		t.Errorf("records %v after its own stop", left)
+	}
+	p.remove()
+}
+
+// TestDaemonAway: without the daemon a pod is an ordinary pod, and a record
+// waits.
+func TestDaemonAway(t *testing.T) {
+	n, key := newNode(t), uniqueKey(t)
+	p := n.runPod(key, annotate(key))
+	c := p.start("c", "busybox", shell(counting))
+	c.waitCount(3)
+	c.stop(30)
+	p.remove()
+	stopDaemon(t)
 	p = n.runPod(key, annotate(key))
 	c = p.start("c", "busybox", shell(trapping))
 	if ns, _ := counts(c.log()); len(ns) > 0 && ns[0] != 1 {

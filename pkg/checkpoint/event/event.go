@@ -32,7 +32,7 @@ const (
 	ColdStart   Type = "cold-start"     // a checkpoint was there, but not used; Reason says why
 	RestoreFail Type = "restore-failed" // strict: the start was made to fail
 	Quarantined Type = "quarantined"    // a checkpoint was set aside for study
-	Ignored     Type = "ignored"        // an annotation was refused
+	Ignored     Type = "ignored"        // annotations have no effect; Reason says which and why
 	Removed     Type = "removed"        // a checkpoint was removed, by whom Reason says
 )
 
@@ -49,7 +49,8 @@ type Event struct {
 	Reason       string               `json:"reason,omitempty"`
 	// ReasonCode is one of a small set, fit for a metric's label: "missing",
 	// "corrupt", "mismatch", "incompatible", "criu", "no-space", "busy",
-	// "unsupported", "timeout", "aborted", "invalid", "crash-loop", "internal".
+	// "unsupported", "timeout", "aborted", "invalid", "crash-loop", "missed",
+	// "internal".
 	ReasonCode     string              `json:"reasonCode,omitempty"`
 	DurationMicros int64               `json:"durationMicros,omitempty"`
 	SizeBytes      int64               `json:"sizeBytes,omitempty"`

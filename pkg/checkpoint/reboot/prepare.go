@@ -38,6 +38,9 @@ type Node struct {
 	Root            string // of the store, which must exist
 	ContainerdState string // containerd's state directory
 	Kubelet         Kubelet
+	// Missed, if not nil, lists containers of opted-in pods whose bundles do not
+	// say so. That it fails is logged: most nodes have none.
+	Missed func(context.Context) ([]Missed, error)
 }
 
 // KubeletMode says what becomes of a kubelet that runs.
@@ -78,7 +81,7 @@ func (n *Node) Look(ctx context.Context) ([]Target, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := make([]Target, len(found))
+	all := make([]Target, len(found), len(found)+8)
 	var wg sync.WaitGroup
 	for i, c := range found {
 		all[i].Container = c
@@ -95,6 +98,15 @@ func (n *Node) Look(ctx context.Context) ([]Target, error) {
 		})
 	}
 	wg.Wait()
+	if n.Missed != nil {
+		missed, err := n.Missed(ctx)
+		if err != nil {
+			log.G(ctx).WithError(err).Warn("whether containers were created without stasisd is not known")
+		}
+		for _, m := range StillThere(n.ContainerdState, missed) {
+			all = append(all, Target{Container: m.container(n.ContainerdState)})
+		}
+	}
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
