@@ -84,7 +84,7 @@ func (n *node) cutPower(c cut, took map[string]time.Duration) {
 	if phase("prepare", func() { n.prepare("") }) {
 		return
 	}
-	n.reboot()
+	n.cut() // what is dumped must last without an orderly shutdown, which other tests have
 	n.on("7.2", defaultCPU)
 	if phase("boot", func() { n.up(bootLimit) }) {
 		return
