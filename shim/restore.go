@@ -98,6 +98,7 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		Settings:    c.settings,
 		Hostname:    hostname,
 		Host:        facts,
+		SwapBytes:   swapBytes(),
 		ImageDir:    filepath.Join(p.stage.Dir(), "restore"),
 	}
 	if m.Template != "" {
@@ -118,6 +119,15 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		return err
 	}
 	return c.writeCRIUConfig(p.plan.CRIU)
+}
+
+// swapBytes is the size of the node's swap space, 0 where that is not known.
+func swapBytes() int64 {
+	var i unix.Sysinfo_t
+	if err := unix.Sysinfo(&i); err != nil {
+		return 0
+	}
+	return int64(i.Totalswap) * int64(i.Unit)
 }
 
 // hostFacts waits for the daemon to write them, for a while: soon after a boot

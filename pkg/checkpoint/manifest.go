@@ -174,6 +174,18 @@ func (m *Manifest) Validate() error {
 	return nil
 }
 
+// ResidentBytes is how much memory the dumped processes occupied that a restore
+// must fill again: the pages that CRIU wrote. What they mapped of files
+// unchanged, and memory-backed volumes, do not count.
+func (m *Manifest) ResidentBytes() (n int64) {
+	for _, f := range m.Files {
+		if ok, _ := path.Match(ImageDir+"/pages-*.img", f.Path); ok { // the pattern is valid
+			n += f.SizeBytes
+		}
+	}
+	return n
+}
+
 func cleanRelative(p string) bool {
 	return p != "" && p != "." && !path.IsAbs(p) && path.Clean(p) == p && p != ".." && !strings.HasPrefix(p, "../")
 }

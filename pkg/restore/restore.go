@@ -24,6 +24,7 @@ const (
 	Missing      = "missing"      // gone since it was claimed
 	Invalid      = "invalid"      // the request is not acceptable
 	CrashLooping = "crash-loop"   // restored before, and died soon
+	MemoryLimit  = "memory-limit" // the container may use less than the checkpoint holds
 	Aborted      = "aborted"      // the context ended
 	Internal     = "internal"     // reading or writing failed
 )
@@ -76,6 +77,7 @@ type Request struct {
 	Settings    checkpoint.Settings
 	Hostname    string // of the pod; empty leaves the recorded one
 	Host        checkpoint.Host
+	SwapBytes   int64 // that the node has; 0 where none may be used
 
 	// MinUptime is how long a restored container must have lived before it was
 	// dumped again, see [CrashLoop]; 0 accepts all.
@@ -105,7 +107,7 @@ type Volume struct {
 
 // Prepare checks that a claimed checkpoint fits the container and node, in
 // this order: settings, identity, image digest, fingerprint of the spec, crash
-// loop, host, volumes, the checkpoint's files, and the rights of its tasks
+// loop, memory limit, host, volumes, the checkpoint's files, and the rights of its tasks
 // against the spec. Then it makes the image directory and writes the pod's host
 // name into it. Its error is a *[Refusal].
 func Prepare(ctx context.Context, r Request) (*Plan, error) {
@@ -133,6 +135,9 @@ func prepare(ctx context.Context, r Request) (*Plan, error) {
 	}
 	if CrashLoop(m, r.MinUptime) {
 		return nil, &Refusal{Code: CrashLooping, Err: fmt.Errorf("dumped %d ms after its restore from %s, less than %v", m.UptimeMillis, m.RestoredFrom, r.MinUptime)}
+	}
+	if err := r.checkMemory(); err != nil {
+		return nil, err
 	}
 	if err := criu.CheckHost(m.Host, r.Host); err != nil {
 		return nil, fmt.Errorf("host: %w", err)

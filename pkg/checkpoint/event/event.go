@@ -49,8 +49,8 @@ type Event struct {
 	Reason       string               `json:"reason,omitempty"`
 	// ReasonCode is one of a small set, fit for a metric's label: "missing",
 	// "corrupt", "mismatch", "incompatible", "criu", "no-space", "busy",
-	// "unsupported", "timeout", "aborted", "invalid", "crash-loop", "missed",
-	// "internal".
+	// "unsupported", "timeout", "aborted", "invalid", "crash-loop", "memory-limit",
+	// "missed", "internal".
 	ReasonCode     string              `json:"reasonCode,omitempty"`
 	DurationMicros int64               `json:"durationMicros,omitempty"`
 	SizeBytes      int64               `json:"sizeBytes,omitempty"`
