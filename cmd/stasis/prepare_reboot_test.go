@@ -55,6 +55,10 @@ type rebootShim struct {
 	hang   bool  // Prepare answers only when its caller has gone
 	memory int64
 	status control.Status
+
+	ran      [][]string // by Run
+	runErr   error
+	notReady int // how many more runs fail
 }
 
 func (s *rebootShim) Status(context.Context, string) (control.Status, error) {

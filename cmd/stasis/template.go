@@ -43,6 +43,7 @@ type source struct {
 	namespace, pod  string
 	container       string // empty for the only one
 	wait, everyTime time.Duration
+	warmup          warmup
 }
 
 func (c *cli) templateCreateCommand() *cobra.Command {
@@ -54,9 +55,19 @@ func (c *cli) templateCreateCommand() *cobra.Command {
 		Short: "Make a template of a running container",
 		Long: `create freezes a container, dumps it, lets it run on, and makes the dump the
 newest version of the template. The container must have opted in, by
-stasis.dev/policy: template, or any other policy but off.`,
+stasis.dev/policy: template, or any other policy but off.
+
+Before the dump, commands (--warmup-exec) are run in the container, with its own
+user and rights, and URLs (--warmup-url) are fetched from it, --warmup-count times
+one after the other. The host of a URL is localhost or pod, which both mean the
+pod's own address; redirects are not followed, certificates not checked. An exit
+code of 0 and an answer of 200 to 399 are good, anything else is a failure, and no
+template is made. Within --wait, failures before the first success only mean that
+the container is not ready yet: the kubelet's own probes are not known here.`,
 		Example: `  stasis template create shop --pod default/shop-7d9c6b5f4-x2x9z
-  stasis template create shop --pod default/shop-0 --container app --wait 2m`,
+  stasis template create shop --pod default/shop-0 --container app --wait 2m
+  stasis template create shop --pod default/shop-0 --wait 2m --warmup-url http://localhost:8080/ --warmup-count 200
+  stasis template create shop --pod default/shop-0 --warmup-exec '["/app/warmup", "--all"]'`,
 		Args:              usage(cobra.ExactArgs(1)),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -70,6 +81,9 @@ stasis.dev/policy: template, or any other policy but off.`,
 			if timeout <= 0 || s.wait < 0 {
 				return usageError{errors.New("--timeout and --wait: want more than nothing")}
 			}
+			if err := s.warmup.parse(); err != nil {
+				return err
+			}
 			if _, err := c.open(); err != nil {
 				return err
 			}
@@ -79,16 +93,25 @@ stasis.dev/policy: template, or any other policy but off.`,
 	f := cmd.Flags()
 	f.StringVar(&pod, "pod", "", "namespace and name of the pod")
 	f.StringVar(&s.container, "container", "", "name of the container, where the pod has several that opted in")
-	f.DurationVar(&s.wait, "wait", 0, "how long to wait for the container to run")
+	f.DurationVar(&s.wait, "wait", 0, "how long to wait for the container to run, and for its warm-up to work")
+	f.StringArrayVar(&s.warmup.exec, "warmup-exec", nil, "command to run in the container before the dump: for its shell, or a JSON list")
+	f.StringArrayVar(&s.warmup.url, "warmup-url", nil, "URL to fetch from the pod before the dump, as http://localhost:8080/")
+	f.IntVar(&s.warmup.count, "warmup-count", 1, "how often")
+	f.DurationVar(&s.warmup.timeout, "warmup-timeout", 30*time.Second, "how long each command or request may take")
 	f.DurationVar(&timeout, "timeout", 5*time.Minute, "how long the dump may take")
 	f.StringVar(&s.state, "containerd-state", "/run/containerd", "containerd's state directory")
 	return cmd
 }
 
 func (c *cli) createTemplate(ctx context.Context, name string, s source, timeout time.Duration) error {
+	ready := time.Now().Add(s.wait)
 	ctr, err := s.find(ctx)
 	if err != nil {
 		return err
+	}
+	progress := func(text string) { fmt.Fprintln(c.err, clean(text)) }
+	if err := s.warmup.run(ctx, &ctr, ready, s.everyTime, progress); err != nil {
+		return fmt.Errorf("container %s of pod %s/%s: %w", ctr.Identity.Container, s.namespace, s.pod, err)
 	}
 	dump, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()

@@ -1,7 +1,7 @@
 // Package control is the private service by which the CLI asks a shim to dump
 // a container without stopping it, for a reboot or as a template, and to let it
-// go on. Each shim serves it on
-// the socket on which it serves the task service.
+// go on, or to run a command in it. Each shim serves it on the socket on which it
+// serves the task service.
 //
 // Invariants:
 //
@@ -9,7 +9,7 @@
 //     checkpoint; it leaves that state by Abort, which removes the checkpoint
 //     before it thaws, or by its death.
 //   - A container for which Prepare failed runs on as before.
-//   - Each call is idempotent, except for Snapshot.
+//   - Each call is idempotent, except for Snapshot and Run.
 //   - After Snapshot, with whatever result, the container runs on as before.
 //
 // Messages are JSON within one protobuf field: both ends are of one release,
@@ -85,6 +85,23 @@ type Server interface {
 	// newest version of a template of the container's namespace. It ends by
 	// ctx's deadline.
 	Snapshot(ctx context.Context, containerID, template string) (Result, error)
+	// Run runs a command in the container, as the container's own user, and
+	// returns when it has exited. The end of ctx kills the command.
+	Run(ctx context.Context, containerID string, args []string) (RunResult, error)
+}
+
+// RunResult is how a command ended.
+type RunResult struct {
+	ExitStatus uint32 `json:"exitStatus"` // 128 and more for a signal
+	// Output is the end of what it wrote to stdout and stderr, without white
+	// space around it.
+	Output string `json:"output,omitempty"`
+}
+
+// runRequest is the message of Run.
+type runRequest struct {
+	ContainerID string   `json:"containerID"`
+	Args        []string `json:"args"`
 }
 
 // snapshotRequest is the message of Snapshot.
@@ -107,6 +124,13 @@ func Register(server *ttrpc.Server, s Server) {
 				return Result{}, fmt.Errorf("snapshot: %w: %w", checkpoint.ErrInvalid, err)
 			}
 			return s.Snapshot(ctx, r.ContainerID, r.Template)
+		}),
+		"Run": method(func(ctx context.Context, request string) (RunResult, error) {
+			var r runRequest
+			if err := json.Unmarshal([]byte(request), &r); err != nil {
+				return RunResult{}, fmt.Errorf("run: %w: %w", checkpoint.ErrInvalid, err)
+			}
+			return s.Run(ctx, r.ContainerID, r.Args)
 		}),
 	}})
 }
@@ -159,6 +183,15 @@ func (c Client) Snapshot(ctx context.Context, id, template string) (Result, erro
 		return Result{}, fmt.Errorf("snapshot of container %s: %w", id, err)
 	}
 	return call[Result](ctx, c, "Snapshot", string(request))
+}
+
+// Run calls [Server.Run].
+func (c Client) Run(ctx context.Context, id string, args []string) (RunResult, error) {
+	request, err := json.Marshal(runRequest{id, args})
+	if err != nil {
+		return RunResult{}, fmt.Errorf("run in container %s: %w", id, err)
+	}
+	return call[RunResult](ctx, c, "Run", string(request))
 }
 
 func call[T any](ctx context.Context, c Client, name, request string) (v T, err error) {

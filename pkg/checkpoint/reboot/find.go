@@ -166,3 +166,12 @@ func (c *Container) Snapshot(ctx context.Context, template string) (r control.Re
 	})
 	return r, err
 }
+
+// Run asks the container's shim to run a command in it, see [control.Server].
+func (c *Container) Run(ctx context.Context, args []string) (r control.RunResult, err error) {
+	err = c.call(ctx, func(ctx context.Context, shim control.Client) error {
+		r, err = shim.Run(ctx, c.ID, args)
+		return err
+	})
+	return r, err
+}
