@@ -186,7 +186,9 @@ func kinds() []workload {
 				command: []string{"sh", "-c", `n=0; last=0; while :; do m=$(cat /shared/n 2>/dev/null); m=${m:-$last}; [ $m -ge $last ] || echo "lost: $m after $last"; last=$m; n=$((n+1)); echo "count $n"; sleep 3; done`}}},
 			more: "  volumes: [{name: shared, emptyDir: {medium: Memory}}]\n"},
 		{name: "set-0", policy: "resume", key: "set-0", containers: []container{counter("c")}},
-		{name: "ordinary", cold: true, containers: []container{counter("c")}},
+		// Heeds SIGTERM, for systemd waits 90 s for who does not.
+		{name: "ordinary", cold: true, containers: []container{{name: "c", image: "busybox", counts: true,
+			command: []string{"sh", "-c", "trap 'exit 3' TERM; n=0; " + tick}}}},
 	}
 }
 
