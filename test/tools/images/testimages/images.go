@@ -29,8 +29,8 @@ type spec struct {
 
 // builder makes the images' trees. The first error sticks and is returned at the end.
 type builder struct {
-	rootfs, bin, java string
-	err               error
+	rootfs, bin, java, tomcat string
+	err                       error
 }
 
 func (b *builder) tree(fill func(t *tree), debian ...string) *tree {
@@ -155,12 +155,15 @@ DocumentRoot /usr/share/httpd
 
 	python := b.tree(nil, append(b.glob("usr/lib/python3*", "etc/python3*"), "usr/bin/python3")...)
 
-	// A Java runtime made by jlink, with the one service that it runs. Its libraries find each other.
-	java := b.tree(func(t *tree) {
-		if err := t.copy(b.java, "opt/java"); err != nil && b.err == nil {
-			b.err = err
-		}
-	}, append(b.glob("usr/lib/*-linux-gnu/libc.so.6", "usr/lib/*-linux-gnu/libz.so.1", "usr/lib/*-linux-gnu/libstdc++.so.6"), "usr/lib64/ld-linux-x86-64.so.2")...)
+	// Java runtimes made by jlink, with the one service that each runs. Their libraries find each other.
+	jvm := func(from, to string) *tree {
+		return b.tree(func(t *tree) {
+			if err := t.copy(from, to); err != nil && b.err == nil {
+				b.err = err
+			}
+		}, append(b.glob("usr/lib/*-linux-gnu/libc.so.6", "usr/lib/*-linux-gnu/libz.so.1", "usr/lib/*-linux-gnu/libstdc++.so.6"), "usr/lib64/ld-linux-x86-64.so.2")...)
+	}
+	java, tomcat := jvm(b.java, "opt/java"), jvm(b.tomcat, "")
 
 	nnp := b.tree(func(t *tree) { t.file("nonewprivs", 0o4755, b.read(filepath.Join(b.bin, "nonewprivs"))) })
 	pause := b.tree(func(t *tree) { t.file("pause", 0o755, b.read(filepath.Join(b.bin, "pause"))) })
@@ -180,6 +183,10 @@ DocumentRoot /usr/share/httpd
 		{[]string{"python:latest"}, []*tree{busybox, python}, v1.Config{Cmd: []string{"python3"}, Env: []string{"PYTHONDONTWRITEBYTECODE=1"}}},
 
 		{[]string{"java:latest"}, []*tree{busybox, java}, v1.Config{Entrypoint: []string{"/opt/java/bin/java"}, Cmd: []string{"-cp", "/opt/java/classes", "Warm"}}},
+		{[]string{"tomcat:latest"}, []*tree{busybox, tomcat}, v1.Config{Entrypoint: []string{"/opt/java/bin/java"}, Cmd: []string{
+			"-cp", "/usr/share/tomcat11/bin/bootstrap.jar:/usr/share/tomcat11/bin/tomcat-juli.jar", "-Dcatalina.home=/usr/share/tomcat11",
+			"-Dcatalina.base=/srv/tomcat", "-Djava.io.tmpdir=/srv/tomcat/temp", "org.apache.catalina.startup.Bootstrap", "start",
+		}}},
 
 		{[]string{e2e + "busybox:1.29-2"}, []*tree{busybox, critest}, shell},
 		{[]string{e2e + "httpd:2.4.39-4"}, []*tree{busybox, httpd}, v1.Config{Cmd: []string{"httpd", "-D", "FOREGROUND"}}},

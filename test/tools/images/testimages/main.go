@@ -1,7 +1,7 @@
 // Command testimages makes the images that the tests run in their pods, out of the files of a Debian
 // root file system, and pushes them to a registry. The same files give the same images, bit by bit.
 //
-//	testimages build --rootfs DIR --bin DIR --java DIR --layout DIR
+//	testimages build --rootfs DIR --bin DIR --java DIR --tomcat DIR --layout DIR
 //	testimages push --layout DIR --registry HOST:PORT
 package main
 
@@ -35,6 +35,7 @@ func run(args []string) error {
 	rootfs := flags.String("rootfs", "", "root file system to take files from")
 	bin := flags.String("bin", "", "directory of the pause and nonewprivs programs")
 	java := flags.String("java", "", "directory of a Java runtime, with the service in classes")
+	tomcat := flags.String("tomcat", "", "directory of what Tomcat's image holds besides a small system")
 	dir := flags.String("layout", "", "directory of the OCI layout")
 	registry := flags.String("registry", "", "registry to push to")
 	if len(args) == 0 {
@@ -45,15 +46,14 @@ func run(args []string) error {
 	}
 	switch args[0] {
 	case "build":
-		return build(*rootfs, *bin, *java, *dir)
+		return build(&builder{rootfs: *rootfs, bin: *bin, java: *java, tomcat: *tomcat}, *dir)
 	case "push":
 		return push(*dir, *registry)
 	}
 	return fmt.Errorf("unknown command %q", args[0])
 }
 
-func build(rootfs, bin, java, dir string) error {
-	b := &builder{rootfs: rootfs, bin: bin, java: java}
+func build(b *builder, dir string) error {
 	specs := b.specs()
 	if b.err != nil {
 		return b.err

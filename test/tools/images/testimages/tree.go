@@ -140,6 +140,9 @@ func (t *tree) copy(from, to string) error {
 			return err
 		}
 		name := path.Join(to, rel)
+		if name == "." {
+			return nil
+		}
 		info, err := d.Info()
 		if err != nil {
 			return err
