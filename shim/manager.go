@@ -11,14 +11,20 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containerd/cgroups/v3"
+	"github.com/containerd/cgroups/v3/cgroup1"
+	"github.com/containerd/cgroups/v3/cgroup2"
+	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/process"
+	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/runc"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 )
 
 // NewManager makes a manager of shims clean up after a shim that died in the
-// middle of a dump: containerd then calls the shim's binary to remove what is
-// left of each of its containers.
+// middle of a dump or a restore: containerd then calls the shim's binary to
+// remove what is left of each of its containers.
 func NewManager(inner shim.Shim) shim.Shim { return manager{inner} }
 
 type manager struct{ shim.Shim }
@@ -27,11 +33,106 @@ type manager struct{ shim.Shim }
 // may be at work that outlived the shim: at its end CRIU freezes again what it
 // found frozen, and on cgroup v1 a frozen process does not even die. So these
 // two end first, then the processes.
+//
+// A runc that restores dies with its shim, and leaves what it removes itself
+// otherwise: a mount of the root file system in its directory, through which
+// `runc delete` would remove every file, and the cgroup, of which it knows only
+// when the restore is done.
 func (m manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
-	if err := release(id); err != nil {
+	if err := errors.Join(release(id), detach(ctx, id)); err != nil {
 		log.G(ctx).WithField("container_id", id).WithError(err).Warn("release container of a dead shim")
 	}
-	return m.Shim.Stop(ctx, id)
+	status, err := m.Shim.Stop(ctx, id)
+	if err := removeCgroup(ctx, id); err != nil {
+		log.G(ctx).WithField("container_id", id).WithError(err).Warn("remove cgroup of a dead shim's container")
+	}
+	return status, err
+}
+
+// bundleOf is the directory of the container beside which, or in which, the
+// process was started.
+func bundleOf(id string) (string, error) {
+	cwd, err := os.Getwd()
+	return filepath.Join(filepath.Dir(cwd), filepath.Base(id)), err
+}
+
+// detach unmounts what runc mounts for CRIU (libcontainer/criu_linux.go,
+// criuRestore).
+func detach(ctx context.Context, id string) error {
+	dir, err := bundleOf(id)
+	if err != nil {
+		return err
+	}
+	ns, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return err
+	}
+	root := process.RuncRoot
+	if o, err := runc.ReadOptions(dir); err != nil {
+		return err
+	} else if o != nil && o.Root != "" {
+		root = o.Root
+	}
+	target := filepath.Join(root, ns, filepath.Base(id), "criu-root")
+	switch err := unix.Unmount(target, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err {
+	case nil, unix.ENOENT, unix.EINVAL: // EINVAL: not mounted
+		return nil
+	default:
+		return fmt.Errorf("unmount %s: %w", target, err)
+	}
+}
+
+// removeCgroup kills what is in the container's cgroup and removes it, where it
+// is still there after the container's removal and its path is the container's
+// own. A path in systemd's form is a scope, which systemd removes.
+func removeCgroup(ctx context.Context, id string) error {
+	dir, err := bundleOf(id)
+	if err != nil {
+		return err
+	}
+	spec, err := readSpec(dir)
+	if err != nil {
+		return err
+	}
+	if spec.Linux == nil || !filepath.IsAbs(spec.Linux.CgroupsPath) || filepath.Base(spec.Linux.CgroupsPath) != id {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
+	defer cancel()
+	// What is killed takes a moment to leave, and a CRIU that is about to fail
+	// may have made another process meanwhile.
+	var last error
+	err = poll(ctx, "go", func(int) (bool, error) {
+		gone, err := tryRemoveCgroup(filepath.Clean(spec.Linux.CgroupsPath))
+		last = err
+		return gone, nil
+	})
+	if err != nil {
+		return errors.Join(err, last)
+	}
+	return nil
+}
+
+// tryRemoveCgroup tells whether the cgroup was gone already.
+func tryRemoveCgroup(path string) (gone bool, err error) {
+	if cgroups.Mode() == cgroups.Unified {
+		if _, err := os.Stat(filepath.Join("/sys/fs/cgroup", path)); errors.Is(err, os.ErrNotExist) {
+			return true, nil
+		}
+		c, err := cgroup2.Load(path)
+		if err != nil {
+			return false, err
+		}
+		return false, errors.Join(c.Kill(), c.Delete())
+	}
+	c, err := cgroup1.Load(cgroup1.StaticPath(path))
+	if errors.Is(err, cgroup1.ErrCgroupDeleted) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return false, errors.Join((&cgroup{v1: c}).killAll(), c.Delete())
 }
 
 // release kills everything of the container, frozen or not. It finds the cgroup
@@ -42,11 +143,11 @@ func (m manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 // end: a first process that is frozen is not dead on cgroup v1, and takes the
 // others with it on v2.
 func release(id string) error {
-	cwd, err := os.Getwd()
+	dir, err := bundleOf(id)
 	if err != nil {
 		return err
 	}
-	b, err := os.ReadFile(filepath.Join(filepath.Dir(cwd), filepath.Base(id), "init.pid"))
+	b, err := os.ReadFile(filepath.Join(dir, "init.pid"))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // never started
 	}
