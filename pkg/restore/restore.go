@@ -179,6 +179,9 @@ func prepare(ctx context.Context, r Request) (*Plan, error) {
 	if err := criu.LinkImages(images, r.ImageDir); err != nil {
 		return nil, err
 	}
+	if err := criu.RearmTimers(images, r.ImageDir); err != nil {
+		return nil, err
+	}
 	if r.Hostname != "" {
 		if err := criu.RewriteHostname(r.ImageDir, r.Hostname); err != nil {
 			return nil, err

@@ -15,7 +15,7 @@ import (
 // TCP port 7000, one JSON line that proves it.
 const stateful = `
 import json, os, socket, sys, threading, time, fcntl, hashlib, signal
-state = {"steps": 0}
+state = {"steps": 0, "ticks": 0}
 heap = bytearray(os.urandom(8 << 20))
 unlinked = open("/tmp/gone", "w+"); unlinked.write("unlinked content"); unlinked.flush(); os.unlink("/tmp/gone")
 offset = open("/tmp/offset", "w+"); offset.write("0123456789"); offset.flush(); offset.seek(4)
@@ -37,6 +37,12 @@ def step():
         state["steps"] += 1
         time.sleep(0.01)
 for _ in range(8): threading.Thread(target=step, daemon=True).start()
+# Expires while the container is frozen, and is not read before the dump.
+timer = os.timerfd_create(time.CLOCK_MONOTONIC)
+os.timerfd_settime(timer, initial=0.02, interval=0.02)
+def tick():
+    while True: state["ticks"] += int.from_bytes(os.read(timer, 8), "little")
+threading.Thread(target=tick, daemon=True).start()
 peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
 srv = socket.socket(); srv.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 srv.bind(("0.0.0.0", 7000)); srv.listen(16)
@@ -48,7 +54,7 @@ while True:
         if not pipe: pipe = os.read(r, 100)
         unlinked.seek(0)
         c.sendall((json.dumps({
-            "heap": hashlib.sha256(heap).hexdigest(), "steps": state["steps"],
+            "heap": hashlib.sha256(heap).hexdigest(), "steps": state["steps"], "ticks": state["ticks"],
             "unlinked": unlinked.read(), "links": os.fstat(unlinked.fileno()).st_nlink,
             "offset": offset.tell(), "pipe": pipe.decode(), "pair": ub.recv(100, peek).decode(),
             "unix": us.recv(100, peek).decode(), "threads": threading.active_count(),
@@ -63,7 +69,8 @@ while True:
 
 type programState struct {
 	Heap, Unlinked, Pipe, Pair, Unix, Error string
-	Steps, Links, Offset, Threads, Child    int
+	Steps, Ticks, Links                     int
+	Offset, Threads, Child                  int
 	ChildAlive                              bool
 }
 
@@ -99,8 +106,8 @@ func ask(t *testing.T, ip, line string) (st programState, conn net.Conn) {
 	return st, conn
 }
 
-// TestProgramState dumps a program with threads, a child process, unlinked and
-// locked files, a pipe, unix sockets, a listening and an established TCP
+// TestProgramState dumps a program with threads, a child process, a timer,
+// unlinked and locked files, a pipe, unix sockets, a listening and an established TCP
 // socket, and has it prove all of it afterwards, in a pod with another address.
 func TestProgramState(t *testing.T) {
 	n, key := newNode(t), uniqueKey(t)
@@ -139,8 +146,8 @@ func TestProgramState(t *testing.T) {
 	eventually(t, "the child's work", func() error {
 		st, conn := ask(t, p.ip(), "more")
 		conn.Close()
-		if st.Child <= child || st.Steps <= after.Steps {
-			return fmt.Errorf("child at %d, steps at %d", st.Child, st.Steps)
+		if st.Child <= child || st.Steps <= after.Steps || st.Ticks <= after.Ticks {
+			return fmt.Errorf("child at %d, steps at %d, timer at %d", st.Child, st.Steps, st.Ticks)
 		}
 		return nil
 	})

@@ -33,6 +33,8 @@
 //   - UTS and SysV IPC content of the images is written into the namespaces in
 //     which the restored tasks live, joined ones too: see [RewriteHostname] and
 //     [Report.SysVIPC].
+//   - A periodic timerfd that has expired, and was not read yet, is restored
+//     stopped: see [RearmTimers].
 //   - The option timeout bounds the stopping of tasks only
 //     (criu/seize.c:collect_pstree).
 package criu
