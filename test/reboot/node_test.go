@@ -336,6 +336,7 @@ func (n *node) explain() {
 		echo '# events'; cat /var/lib/stasis/events.jsonl
 		echo '# status'; stasis status; stasis ls; stasis doctor; systemctl --failed --no-pager
 		crictl pods; crictl ps -a
+		echo '# logs'; cd /var/log/pods && ls -l */*/ && tail -n 3 */*/*.log
 		echo '# journal of earlier boots'; journalctl --no-pager -o short-monotonic -b -1 -u kubelet -u containerd -u 'stasis*' -u 'systemd-logind*' -u init.scope | cut -c1-600 | tail -400
 		echo '# journal'; journalctl --no-pager -o short-monotonic -b | cut -c1-600 | tail -3000
 		for f in /var/lib/stasis/quarantine/*/*.log; do echo "# $f"; tail -50 $f; done
