@@ -17,6 +17,7 @@ import (
 // along when it is to be held.
 const (
 	keepHold    = 'h'
+	keepSocket  = 's' // the same for a socket that CRIU sends descriptors to
 	keepRelease = 'r'
 	keepSize    = 5
 	// maxHeld bounds the descriptors held, one for each process.
@@ -30,6 +31,11 @@ const keepTimeout = 5 * time.Second
 // process dies, its copies are closed; those of the other process keep whoever
 // touches a missing page waiting until the other process has killed them. See
 // [Hold] for the other end.
+//
+// No descriptor is ever in the pager's process alone: what CRIU has sent stays
+// in the queue of a socket that the other process has as well, until that has
+// the descriptor. The one exception is that of a child of fork, which the kernel
+// puts into the process that reads the event; it is passed on at once.
 type Keeper struct {
 	conn *net.UnixConn
 
@@ -52,22 +58,53 @@ func (k *Keeper) send(op byte, id uint32, oob []byte) error {
 	return err
 }
 
-// hold has a descriptor held. It is safe from the time it was sent.
-func (k *Keeper) hold(fd int) error {
+// hold has a userfaultfd held, if it is not yet. It is safe from the time it was
+// sent. Like the other methods it does nothing on a nil Keeper.
+func (k *Keeper) hold(fd int) error { return k.give(keepHold, fd) }
+
+// holdSocket has a socket held, one that listens or is connected. If the pager
+// is lost it is shut down, so that CRIU cannot go on.
+func (k *Keeper) holdSocket(fd int) error { return k.give(keepSocket, fd) }
+
+func (k *Keeper) give(op byte, fd int) error {
+	if k == nil {
+		return nil
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if _, held := k.ids[fd]; held {
+		return nil
+	}
 	k.last++
 	k.ids[fd] = k.last
-	return k.send(keepHold, k.last, unix.UnixRights(fd))
+	return k.send(op, k.last, unix.UnixRights(fd))
 }
 
 // release ends that: whoever waits for the memory goes on.
 func (k *Keeper) release(fd int) error {
+	if k == nil {
+		return nil
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	id := k.ids[fd]
 	delete(k.ids, fd)
 	return k.send(keepRelease, id, nil)
+}
+
+// releaseAll releases what is held.
+func (k *Keeper) releaseAll() error {
+	if k == nil {
+		return nil
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var errs []error
+	for _, id := range k.ids {
+		errs = append(errs, k.send(keepRelease, id, nil))
+	}
+	clear(k.ids)
+	return errors.Join(errs...)
 }
 
 // ErrLost is the error of [Held.Wait] where the pager has ended before all
@@ -81,14 +118,22 @@ type Held struct {
 	once sync.Once
 
 	mu  sync.Mutex
-	fds map[uint32]int
-	err error
+	fds map[uint32]heldFD
+	// unnumbered is the last number of those that the keeper gave none; they
+	// count down from the highest.
+	unnumbered uint32
+	err        error
+}
+
+type heldFD struct {
+	fd     int
+	socket bool
 }
 
 // Hold holds what the [Keeper] at the other end of the connection gives. It
 // must be closed.
 func Hold(conn *net.UnixConn) *Held {
-	h := &Held{conn: conn, done: make(chan struct{}), fds: map[uint32]int{}}
+	h := &Held{conn: conn, done: make(chan struct{}), fds: map[uint32]heldFD{}}
 	go func() {
 		defer close(h.done)
 		err := h.receive()
@@ -99,8 +144,39 @@ func Hold(conn *net.UnixConn) *Held {
 		} else if err != nil {
 			h.err = fmt.Errorf("%w: %w", ErrLost, err)
 		}
+		h.shutSockets()
 	}()
 	return h
+}
+
+// shutSockets makes CRIU fail, unless it has sent its last message: then all
+// tasks are there to be killed. What is in the sockets' queues stays there. The
+// caller holds mu.
+func (h *Held) shutSockets() {
+	var accepted []int
+	for _, s := range h.fds {
+		if !s.socket {
+			continue
+		}
+		unix.Shutdown(s.fd, unix.SHUT_RDWR)
+		for { // those that nobody has accepted; a connected socket has none
+			fd, _, err := unix.Accept4(s.fd, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+			if err != nil {
+				break
+			}
+			unix.Shutdown(fd, unix.SHUT_RDWR)
+			accepted = append(accepted, fd)
+		}
+	}
+	h.keepUnnumbered(accepted)
+}
+
+// keepUnnumbered holds what has no number of the keeper's. The caller holds mu.
+func (h *Held) keepUnnumbered(fds []int) {
+	for _, fd := range fds {
+		h.unnumbered--
+		h.fds[h.unnumbered] = heldFD{fd: fd}
+	}
 }
 
 // receive follows the keeper until it closes the connection.
@@ -121,11 +197,11 @@ func (h *Held) receive() error {
 		old, known := h.fds[id]
 		switch {
 		case err != nil:
-		case b[0] == keepHold && len(fds) == 1 && !known && len(h.fds) < maxHeld && flags&unix.MSG_CTRUNC == 0:
-			h.fds[id], fds = fds[0], nil
+		case (b[0] == keepHold || b[0] == keepSocket) && len(fds) == 1 && !known && len(h.fds) < maxHeld && flags&unix.MSG_CTRUNC == 0:
+			h.fds[id], fds = heldFD{fds[0], b[0] == keepSocket}, nil
 		case b[0] == keepRelease && len(fds) == 0 && known:
 			delete(h.fds, id)
-			err = unix.Close(old)
+			err = unix.Close(old.fd)
 		default:
 			err = errProtocol
 		}
@@ -133,9 +209,7 @@ func (h *Held) receive() error {
 		if err != nil {
 			// Held as well, under no number: it may be of a task that runs.
 			h.mu.Lock()
-			for i, fd := range fds {
-				h.fds[^uint32(i)] = fd
-			}
+			h.keepUnnumbered(fds)
 			h.mu.Unlock()
 			return err
 		}
@@ -163,8 +237,8 @@ func (h *Held) Close() error {
 		h.conn.SetDeadline(time.Unix(1, 0))
 		<-h.done
 		err = h.conn.Close()
-		for _, fd := range h.fds {
-			err = errors.Join(err, unix.Close(fd))
+		for _, held := range h.fds {
+			err = errors.Join(err, unix.Close(held.fd))
 		}
 	})
 	return err

@@ -149,6 +149,9 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := control(l, opt.Keeper.holdSocket); err != nil {
+		return nil, errors.Join(fmt.Errorf("keep socket: %w", err), l.Close(), remove())
+	}
 	p.running.Add(2 + opt.Threads)
 	go func() { defer p.running.Done(); p.receive(l, remove) }()
 	go func() { defer p.running.Done(); p.serve() }()
@@ -161,7 +164,10 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 		unhook()
 		p.mu.Lock()
 		if p.abandoned {
-			p.closeSpaces() // lets CRIU find out
+			// CRIU's restorer may wait for a page, and is to find out instead.
+			// Errors do not matter: whoever keeps them is about to be ended.
+			p.opt.Keeper.releaseAll()
+			p.closeSpaces()
 		}
 		p.mu.Unlock()
 		close(p.done)
@@ -313,10 +319,8 @@ func (p *Pager) add(s *space) error {
 	if !isUffd(s.fd) {
 		return fmt.Errorf("process %d: descriptor is not a userfaultfd", s.pid)
 	}
-	if p.opt.Keeper != nil {
-		if err := p.opt.Keeper.hold(s.fd); err != nil {
-			return fmt.Errorf("process %d: keep userfaultfd: %w", s.pid, err)
-		}
+	if err := p.opt.Keeper.hold(s.fd); err != nil {
+		return fmt.Errorf("process %d: keep userfaultfd: %w", s.pid, err)
 	}
 	if err := p.watch(s.fd); err != nil {
 		return err
@@ -472,11 +476,9 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 		p.held = append(p.held, fd)
 		return false, fmt.Errorf("epoll: %w", err)
 	}
-	if p.opt.Keeper != nil {
-		if err := p.opt.Keeper.release(fd); err != nil {
-			p.held = append(p.held, fd)
-			return false, fmt.Errorf("process %d: release userfaultfd: %w", s.pid, err)
-		}
+	if err := p.opt.Keeper.release(fd); err != nil {
+		p.held = append(p.held, fd)
+		return false, fmt.Errorf("process %d: release userfaultfd: %w", s.pid, err)
 	}
 	if err := unix.Close(fd); err != nil {
 		return false, fmt.Errorf("process %d: close userfaultfd: %w", s.pid, err)

@@ -242,12 +242,12 @@ func TestRealCancelled(t *testing.T) {
 func TestRealAbandoned(t *testing.T) {
 	tm := dump(t, 16<<20, 2)
 	ours, theirs := socketPair(t)
-	theirs.Close() // the first descriptor cannot be held
 	work := t.TempDir()
 	p, err := Start(t.Context(), Options{ImageDir: tm.images, WorkDir: work, Keeper: NewKeeper(ours)})
 	if err != nil {
 		t.Fatal(err)
 	}
+	theirs.Close() // from now on nothing can be held
 	defer p.Close()
 	start := time.Now()
 	if err := tm.criuRestore(t, work, true).Run(); err == nil {
@@ -322,6 +322,54 @@ func TestRealKilled(t *testing.T) {
 			}
 			hang(t, tm)
 		})
+	}
+}
+
+// TestRealKilledBefore kills a pager that has read nothing of what CRIU has sent:
+// the descriptors are in the queue of a socket that the other process holds. If
+// CRIU has finished by then nobody reads zeroes, and otherwise CRIU fails.
+func TestRealKilledBefore(t *testing.T) {
+	tm := dump(t, 64<<20, 2)
+	work := t.TempDir()
+	r := tm.separate(t, work, 0)
+	t.Cleanup(func() { tm.kill(t) })
+	if err := r.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	cmd := tm.criuRestore(t, work, true)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	finished := false
+	select {
+	case err := <-done:
+		if finished = err == nil; !finished {
+			t.Fatalf("CRIU: %v\n%s", err, logOf(work))
+		}
+	case <-time.After(10 * time.Second): // a task may wait for a page before
+	}
+	if err := r.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := r.held.Wait(ctx); !errors.Is(err, ErrLost) {
+		t.Errorf("wait: %v", err)
+	}
+	t.Logf("CRIU has finished: %v", finished)
+	if finished {
+		hang(t, tm)
+		return
+	}
+	select {
+	case err := <-done:
+		if err == nil {
+			t.Error("CRIU has finished without a pager")
+		}
+	case <-ctx.Done():
+		t.Error("CRIU does not give up")
 	}
 }
 

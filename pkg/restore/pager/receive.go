@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -57,21 +58,21 @@ func listen(dir string) (_ *net.UnixListener, remove func() error, err error) {
 // receive talks to CRIU until it has finished its restore.
 func (p *Pager) receive(l *net.UnixListener, remove func() error) {
 	deadline := p.start.Add(p.opt.RestoreTimeout)
-	l.SetDeadline(deadline)
-	unhook := p.atEnd(func() { l.SetDeadline(time.Unix(1, 0)) })
-	conn, err := l.AcceptUnix()
-	unhook()
-	err = errors.Join(err, l.Close(), remove())
+	conn, err := p.accept(l, deadline)
+	err = errors.Join(err, remove())
 	if conn == nil {
 		p.abandon(fmt.Errorf("wait for CRIU: %w", err))
 		return
 	}
 	defer conn.Close()
 	conn.SetDeadline(deadline)
-	unhook = p.atEnd(func() { conn.SetDeadline(time.Unix(1, 0)) })
-	defer unhook()
+	defer p.atEnd(func() { conn.SetDeadline(time.Unix(1, 0)) })()
 	if err == nil {
 		err = p.receiveAll(conn)
+	}
+	if err == nil {
+		// All descriptors are held.
+		err = control(conn, p.opt.Keeper.release)
 	}
 	if err == nil {
 		p.setReady()
@@ -84,6 +85,27 @@ func (p *Pager) receive(l *net.UnixListener, remove func() error) {
 		return // after an error, who knows?
 	}
 	p.abandon(err)
+}
+
+// accept waits for CRIU to connect, and closes the listener. The keeper has the
+// one or the other all the time.
+func (p *Pager) accept(l *net.UnixListener, deadline time.Time) (conn *net.UnixConn, err error) {
+	l.SetDeadline(deadline)
+	defer p.atEnd(func() { l.SetDeadline(time.Unix(1, 0)) })()
+	if conn, err = l.AcceptUnix(); err == nil {
+		err = control(conn, p.opt.Keeper.holdSocket)
+	}
+	return conn, errors.Join(err, control(l, p.opt.Keeper.release), l.Close())
+}
+
+// control calls f with the descriptor of a socket.
+func control(c syscall.Conn, f func(fd int) error) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) { err = f(int(fd)) })
+	return errors.Join(cerr, err)
 }
 
 // receiveAll receives a descriptor, or a zombie's sign, for each process and
@@ -119,19 +141,16 @@ func (p *Pager) receiveAll(conn *net.UnixConn) error {
 		if t.Zombie {
 			continue
 		}
-		// CRIU's byte is of no meaning.
-		if _, fds, err = p.read(conn, 1); err != nil {
+		fd, err := p.readDescriptor(conn)
+		if err != nil {
 			return fmt.Errorf("process %d: %w", id, err)
 		}
-		if len(fds) != 1 {
-			return fmt.Errorf("process %d: %d descriptors: %w", id, len(fds), errProtocol)
-		}
-		s := &space{p: p, pid: t.PID, fd: fds[0], src: t.Pages, epoch: 1}
+		s := &space{p: p, pid: t.PID, fd: fd, src: t.Pages, epoch: 1}
 		for _, r := range t.Runs {
 			s.spans = append(s.spans, span{addr: r.Addr, size: r.Size, off: r.Off, notInherited: r.NotInherited})
 		}
 		s.todo = append(s.todo, s.spans...)
-		p.unhold(fds[0])
+		p.unhold(fd)
 		if err := p.add(s); err != nil {
 			return err
 		}
@@ -153,6 +172,49 @@ func (p *Pager) read(conn *net.UnixConn, n int) ([]byte, []int, error) {
 		return nil, fds, fmt.Errorf("%d bytes instead of %d: %w", got, n, errProtocol)
 	}
 	return b, fds, nil
+}
+
+// readDescriptor reads a byte, of no meaning, and the descriptor that comes
+// along. That stays in the queue of the socket, which the keeper has as well,
+// until the keeper has it: a copy is passed on before the message is taken.
+func (p *Pager) readDescriptor(conn *net.UnixConn) (int, error) {
+	copies, err := p.peek(conn)
+	if err != nil {
+		return -1, fmt.Errorf("read from CRIU: %w", err)
+	}
+	for _, fd := range copies {
+		if err := p.opt.Keeper.hold(fd); err != nil {
+			return -1, fmt.Errorf("keep descriptor: %w", err)
+		}
+	}
+	_, fds, err := p.read(conn, 1)
+	if err != nil {
+		return -1, err
+	}
+	if len(fds) != 1 || len(copies) != 1 {
+		return -1, fmt.Errorf("%d descriptors: %w", len(fds), errProtocol)
+	}
+	p.unhold(fds[0])
+	return copies[0], unix.Close(fds[0])
+}
+
+// peek copies the descriptors of the next byte, which are held.
+func (p *Pager) peek(conn *net.UnixConn) (fds []int, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var b [1]byte
+	oob := make([]byte, unix.CmsgSpace(4*4))
+	var oobn int
+	rerr := raw.Read(func(fd uintptr) bool {
+		_, oobn, _, _, err = unix.Recvmsg(int(fd), b[:], oob, unix.MSG_PEEK|unix.MSG_CMSG_CLOEXEC)
+		return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR)
+	})
+	if err := errors.Join(rerr, err); err != nil {
+		return nil, err
+	}
+	return p.hold(oob[:oobn]), nil
 }
 
 // hold keeps the descriptors of a control message.
@@ -187,7 +249,9 @@ func (p *Pager) drain(conn *net.UnixConn) (finished bool, err error) {
 			if err != nil || n == 0 {
 				return
 			}
-			p.hold(oob[:oobn])
+			for _, fd := range p.hold(oob[:oobn]) {
+				p.opt.Keeper.hold(fd) // an error is nothing new here
+			}
 			// In the machine's order, which is little-endian wherever this runs.
 			last = last>>8 | uint32(b[0])<<24
 		}

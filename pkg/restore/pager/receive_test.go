@@ -251,6 +251,63 @@ func TestStartRefuses(t *testing.T) {
 	}
 }
 
+// TestHoldSocket loses the keeper of sockets: whoever sends to them is told so,
+// whether somebody has accepted the connection or not, and what was sent before
+// is still there.
+func TestHoldSocket(t *testing.T) {
+	for _, accepted := range []bool{false, true} {
+		dir := t.TempDir()
+		l, remove, err := listen(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer remove()
+		ours, theirs := socketPair(t)
+		h := Hold(theirs)
+		k := NewKeeper(ours)
+		if err := control(l, k.holdSocket); err != nil {
+			t.Fatal(err)
+		}
+		c := dial(t, dir)
+		defer c.Close()
+		if err := (step{number: 1}).send(t, c); err != nil {
+			t.Fatal(err)
+		}
+		if accepted {
+			conn, err := l.AcceptUnix()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(control(conn, k.holdSocket), control(l, k.release), conn.Close()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.Close()
+		ours.Close()
+		if err := h.Wait(t.Context()); !errors.Is(err, ErrLost) {
+			t.Errorf("wait: %v", err)
+		}
+		if err := (step{number: restoreFinished}).send(t, c); !errors.Is(err, unix.EPIPE) {
+			t.Errorf("CRIU can still finish: %v", err)
+		}
+		if c, err := net.Dial("unix", "lazy-pages.socket"); err == nil {
+			c.Close()
+			t.Error("CRIU can still connect")
+		}
+		queued := false
+		for _, held := range h.fds {
+			n, _, _, _, err := unix.Recvmsg(held.fd, make([]byte, 4), nil, unix.MSG_DONTWAIT)
+			queued = queued || err == nil && n == 4
+		}
+		if !queued {
+			t.Error("what was sent is lost")
+		}
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestHold loses, releases and confuses the holder of descriptors.
 func TestHold(t *testing.T) {
 	for _, tt := range []struct {

@@ -274,6 +274,8 @@ func (s *space) event(m message) (child *space, err error) {
 	s.revoke()
 	switch m.event {
 	case eventFork:
+		// At once: until then the descriptor is nowhere but here.
+		err = s.p.opt.Keeper.hold(int(int32(m.arg[0])))
 		child = &space{
 			p: s.p, pid: s.pid, child: true, fd: int(int32(m.arg[0])), src: s.src, gone: s.gone,
 			spans: slices.Clone(s.spans), todo: slices.Clone(s.todo), epoch: s.epoch,
@@ -327,7 +329,7 @@ func (s *space) event(m message) (child *space, err error) {
 	default:
 		return nil, fmt.Errorf("process %d: unknown event %#x", s.pid, m.event)
 	}
-	return child, nil
+	return child, err
 }
 
 // remove takes away the content that an event is about: where some has been
