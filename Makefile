@@ -63,6 +63,10 @@ node: ## Make the test node's root file system, tools and images, unless cached 
 bench: node build ## Measure overhead and phases; prints a table, writes out/bench.json (root)
 	test/bench/run
 
+.PHONY: bench-restore
+bench-restore: node build ## Measure restores of 30, 100, 1000 MB, lazy and eager in turn; writes out/bench-restore.json (root)
+	test/bench/restore $(or $(RUNS),10)
+
 .PHONY: fuzz
 fuzz: ## Fuzz every parser for FUZZTIME each
 	@for t in $$(grep -rl --include='*_test.go' 'func Fuzz' pkg nri cmd shim); do \

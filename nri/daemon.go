@@ -50,6 +50,8 @@ type Config struct {
 	InhibitShutdown bool
 	KubeletUnit     string
 	ContainerdState string
+	// Memory holds for pods that do not say by annotation.
+	Memory checkpoint.Memory
 	// MaxLogBytes is the size at which the event log is rotated.
 	MaxLogBytes int64
 	Version     string
@@ -190,7 +192,7 @@ func newServer(config Config, st *store.Store) *server {
 		Help: "Pod sandboxes that the runtime told of."}, func() float64 { return float64(pods.count()) }))
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "stasis", Name: "missed_containers",
 		Help: "Containers of opted-in pods that are not dumped, for they were created while the daemon was not connected."}, func() float64 { return float64(len(s.missedNow())) }))
-	s.plugin = &plugin{latest: st.Latest, template: st.LatestTemplate, runtimeDir: config.RuntimeDir, later: s.later, metrics: m, pods: pods,
+	s.plugin = &plugin{latest: st.Latest, template: st.LatestTemplate, runtimeDir: config.RuntimeDir, memory: config.Memory, later: s.later, metrics: m, pods: pods,
 		lookups: make(chan struct{}, maxLookups), accepted: make(chan struct{})}
 	return s
 }

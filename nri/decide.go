@@ -1,6 +1,7 @@
 package nri
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -57,9 +58,9 @@ func (d Decision) Adjustment() *api.ContainerAdjustment {
 
 // Decide resolves the pod's annotations for one of its containers and looks for
 // its checkpoint, and where there is none for the template that it names. It
-// has no effects of its own.
-func Decide(pod *api.PodSandbox, c *api.Container, lookup Lookup, template LookupTemplate) Decision {
-	d := decide(pod, c, lookup, template)
+// has no effects of its own. The memory is for pods that do not say.
+func Decide(pod *api.PodSandbox, c *api.Container, memory checkpoint.Memory, lookup Lookup, template LookupTemplate) Decision {
+	d := decide(pod, c, memory, lookup, template)
 	// Pod annotations may reach the container's spec too, where the runtime
 	// handler passes them on.
 	for _, from := range []map[string]string{c.GetAnnotations(), pod.GetAnnotations()} {
@@ -78,7 +79,7 @@ func Decide(pod *api.PodSandbox, c *api.Container, lookup Lookup, template Looku
 	return d
 }
 
-func decide(pod *api.PodSandbox, c *api.Container, lookup Lookup, template LookupTemplate) (d Decision) {
+func decide(pod *api.PodSandbox, c *api.Container, memory checkpoint.Memory, lookup Lookup, template LookupTemplate) (d Decision) {
 	identity := checkpoint.Identity{Namespace: pod.GetNamespace(), Key: pod.GetUid(), Container: c.GetName()}
 	tell := func(t event.Type, id checkpoint.ID, code string, err error) {
 		i := identity
@@ -121,6 +122,9 @@ func decide(pod *api.PodSandbox, c *api.Container, lookup Lookup, template Looku
 		checkpoint.InternalOnFailure:   string(settings.OnFailure),
 		checkpoint.InternalTCP:         string(settings.TCP),
 		checkpoint.InternalImageDigest: digest,
+	}
+	if m := cmp.Or(settings.Memory, memory); m != "" {
+		d.Set[checkpoint.InternalMemory] = string(m)
 	}
 	if settings.Template != "" {
 		d.Set[checkpoint.InternalTemplate] = settings.Template

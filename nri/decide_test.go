@@ -92,6 +92,7 @@ func TestDecide(t *testing.T) {
 		image      *api.Image
 		lookup     func(*testing.T) Lookup
 		warm       func(*testing.T) LookupTemplate
+		memory     checkpoint.Memory // the daemon's
 		set        map[string]string
 		remove     []string
 		events     []string // type/code/part of the reason
@@ -104,6 +105,11 @@ func TestDecide(t *testing.T) {
 		"container's own is off":   {pod: map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.ContainerAnnotation(checkpoint.AnnotationPolicy, "c"): "off"}, lookup: never},
 		"container wrote a policy": {container: resume, lookup: never},
 		"none yet":                 {pod: resume, lookup: none, set: optedIn},
+		"memory of the daemon":     {pod: resume, memory: "lazy", lookup: none, set: with(checkpoint.InternalMemory, "lazy")},
+		"memory of the pod": {pod: map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.AnnotationMemory: "eager"}, memory: "lazy", lookup: none,
+			set: with(checkpoint.InternalMemory, "eager")},
+		"memory, reserved": {pod: resume, container: map[string]string{checkpoint.InternalMemory: "lazy"}, memory: "eager", lookup: none, set: with(checkpoint.InternalMemory, "eager")},
+		"memory, off":      {memory: "lazy", lookup: never},
 		"settings": {
 			pod: map[string]string{checkpoint.ContainerAnnotation(checkpoint.AnnotationPolicy, "c"): "reboot", checkpoint.AnnotationKey: "db-0",
 				checkpoint.AnnotationOnFailure: "fail", checkpoint.AnnotationTCP: "keep"},
@@ -186,7 +192,7 @@ func TestDecide(t *testing.T) {
 				tc.image = &api.Image{Digest: digestA, ConfigDigest: digestB}
 			}
 			pod := &api.PodSandbox{Id: "sandbox", Name: "pod", Uid: tc.uid, Namespace: "default", Annotations: tc.pod}
-			d := Decide(pod, &api.Container{Id: "id", Name: "c", Annotations: tc.container, Image: tc.image}, tc.lookup(t), tc.warm(t))
+			d := Decide(pod, &api.Container{Id: "id", Name: "c", Annotations: tc.container, Image: tc.image}, tc.memory, tc.lookup(t), tc.warm(t))
 			if !maps.Equal(d.Set, tc.set) {
 				t.Errorf("set %v, want %v", d.Set, tc.set)
 			}

@@ -44,6 +44,7 @@ type plugin struct {
 	lookups  chan struct{} // a token for each running lookup
 	// runtimeDir is stasis's; empty gives no container a generation.
 	runtimeDir string
+	memory     checkpoint.Memory // of pods that do not say
 
 	accepted chan struct{} // closed when the runtime accepted the plugin for the first time
 	first    sync.Once     // closes accepted
@@ -122,7 +123,7 @@ func (c *connection) CreateContainer(ctx context.Context, pod *api.PodSandbox, c
 	defer c.metrics.request("CreateContainer")()
 	ctx, cancel := context.WithTimeout(ctx, DecisionTimeout)
 	defer cancel()
-	d := Decide(pod, ctr, func(i checkpoint.Identity) (*checkpoint.Manifest, error) {
+	d := Decide(pod, ctr, c.memory, func(i checkpoint.Identity) (*checkpoint.Manifest, error) {
 		return c.lookup(ctx, func() (*checkpoint.Manifest, error) { return c.latest(ctx, i) })
 	}, func(namespace, name string) (*checkpoint.Manifest, error) {
 		return c.lookup(ctx, func() (*checkpoint.Manifest, error) { return c.template(ctx, namespace, name) })

@@ -103,6 +103,7 @@ func settingsOf(annotations map[string]string) (checkpoint.Settings, error) {
 		checkpoint.AnnotationOnFailure: annotations[checkpoint.InternalOnFailure],
 		checkpoint.AnnotationTCP:       annotations[checkpoint.InternalTCP],
 		checkpoint.AnnotationTemplate:  annotations[checkpoint.InternalTemplate],
+		checkpoint.AnnotationMemory:    annotations[checkpoint.InternalMemory],
 	}, "")
 }
 

@@ -95,11 +95,16 @@ func freezerPath(pid int) (string, error) {
 func containerGroup(path, id string) string {
 	parts := strings.Split(path, "/")
 	for i, name := range slices.Backward(parts) {
-		if name == id || strings.HasSuffix(name, "-"+id+".scope") {
+		if isContainerGroup(name, id) {
 			return strings.Join(parts[:i+1], "/")
 		}
 	}
 	return path
+}
+
+// isContainerGroup tells whether a cgroup's name is what runc calls that of the container.
+func isContainerGroup(name, id string) bool {
+	return name == id || strings.HasSuffix(name, "-"+id+".scope")
 }
 
 // below tells whether a path is dir or lies in it.

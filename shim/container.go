@@ -40,6 +40,7 @@ type container struct {
 	restore *pendingRestore
 	// restoredFrom is the manifest of the checkpoint that the container goes on from.
 	restoredFrom *checkpoint.Manifest
+	lazy         *lazyRestore // of the restore, where a pager fills memory
 	startedAt    time.Time
 	pid          int   // of the first process, 0 before Start
 	cgroup       group // nil before Start
@@ -74,9 +75,11 @@ type pendingRestore struct {
 	claim   claim
 	stage   *store.Stage // holds the images as this restore needs them
 	plan    *restore.Plan
+	eager   string          // why CRIU reads the memory itself, "" where a pager may fill it
 	fresh   bool            // the writable layer was found empty, as it is to be left
 	applied []layer.Applied // writable layer and volumes, to be undone before a cold start
 	begun   time.Time
+	verify  time.Duration // that the checksums took
 }
 
 // group is the cgroup of a container, as far as one needs it. Tests have their own.

@@ -15,10 +15,13 @@
 //   - No container runs on after its checkpoint was committed: the checkpoint is
 //     removed before the thaw.
 //   - A checkpoint is claimed before Create answers, and consumed, released or
-//     quarantined before Start answers.
+//     quarantined before Start answers; where memory is filled after the start,
+//     when it is full, and before the container can be dumped or deleted.
+//   - A container whose memory nobody can fill any more is dead before the last
+//     descriptor of that memory is closed; see lazy.go.
 //   - A panic would take the pod down, so nothing here indexes or converts
-//     what was not checked; helpers are never exec'ed, because the inner
-//     service reaps every child of the shim.
+//     what was not checked. The inner service reaps every child of the shim, so
+//     nobody here waits for one.
 //
 // Lock order: service.mu, then container.mu; neither is held across a call to
 // the inner service, CRIU or the disk.

@@ -228,6 +228,9 @@ func (s *service) dump(ctx context.Context, c *container, pid int, mode dumpMode
 // slot, so that the containers of a node stand still together. For a template
 // it thaws before the commit: nothing is lost if that fails.
 func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, mode dumpMode) (_ *checkpoint.Manifest, err error) {
+	if err := c.waitFull(ctx); err != nil {
+		return nil, err
+	}
 	cg, err := s.findGroup(pid, c.id)
 	if err != nil {
 		return nil, err
@@ -297,6 +300,9 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, mode
 		}
 	}
 	m.Timings.FreezeMicros = frozen.Microseconds()
+	if m.Sizes.InUseBytes, err = cg.memoryBytes(); err != nil {
+		return nil, fmt.Errorf("memory in use: %w", err)
+	}
 	if err := s.fill(ctx, c, stage, m); err != nil {
 		return nil, err
 	}

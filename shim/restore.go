@@ -49,9 +49,7 @@ func (s *service) createRestored(ctx context.Context, c *container, rawID string
 	if err := s.prepareRestore(ctx, st, c, p); err != nil {
 		return nil, s.refuse(ctx, c, id, p, err)
 	}
-	r := proto.CloneOf(c.request)
-	r.Checkpoint = p.plan.ImageDir
-	resp, err := s.TTRPCTaskService.Create(ctx, r)
+	resp, err := s.createFrom(ctx, c, p)
 	if err != nil {
 		return nil, s.refuse(ctx, c, id, p, fmt.Errorf("create: %w", errgrpc.ToNative(err)))
 	}
@@ -59,6 +57,13 @@ func (s *service) createRestored(ctx context.Context, c *container, rawID string
 	c.restore = p
 	c.mu.Unlock()
 	return resp, nil
+}
+
+// createFrom creates the inner object that Start will restore.
+func (s *service) createFrom(ctx context.Context, c *container, p *pendingRestore) (*taskAPI.CreateTaskResponse, error) {
+	r := proto.CloneOf(c.request)
+	r.Checkpoint = p.plan.ImageDir
+	return s.TTRPCTaskService.Create(ctx, r)
 }
 
 // prepareRestore checks the claimed checkpoint against the container and lays
@@ -88,9 +93,13 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		return err
 	}
 	r := restore.Request{
-		Dir:         p.claim.Dir(),
-		Manifest:    m,
-		Verify:      p.claim.Verify,
+		Dir:      p.claim.Dir(),
+		Manifest: m,
+		Verify: func(ctx context.Context) error {
+			begin := time.Now()
+			defer func() { p.verify = time.Since(begin) }()
+			return p.claim.Verify(ctx)
+		},
 		Identity:    c.identity,
 		ImageDigest: c.annotations[checkpoint.InternalImageDigest],
 		Spec:        c.spec,
@@ -112,6 +121,7 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	if p.plan, err = restore.Prepare(ctx, r); err != nil {
 		return err
 	}
+	p.eager = eagerBecause(m, c, facts.CRIUVersion)
 	if err := s.applyLayers(ctx, c, p); err != nil {
 		return err
 	}
@@ -265,7 +275,7 @@ func (s *service) setAside(ctx context.Context, c *container, p *pendingRestore,
 	var err error
 	fatal := code == "corrupt"
 	switch code {
-	case "incompatible", "crash-loop", "criu":
+	case "incompatible", "crash-loop", "criu", "pager":
 		fatal = p.claim.Manifest().Template == ""
 	}
 	switch {
@@ -308,7 +318,15 @@ func readTail(name string, limit int64) ([]byte, error) {
 func (s *service) startRestored(ctx context.Context, c *container, p *pendingRestore, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
 	m := p.claim.Manifest()
 	ctx = withFields(ctx, log.Fields{"checkpoint_id": m.ID})
+	lazy := s.beginLazy(ctx, c, p)
 	resp, err := s.TTRPCTaskService.Start(ctx, r)
+	var end func() // of an exchange
+	if err != nil && lazy != nil && !lazy.ran() && ctx.Err() == nil {
+		p.eager = fmt.Sprintf("a restore with a pager failed: %v", err)
+		log.G(ctx).WithField("reason", p.eager).Warn("restore without a pager")
+		resp, end, err = s.restoreEagerly(ctx, c, p, r)
+		lazy = nil
+	}
 	// A caller that goes away must not leave half of what follows: a checkpoint
 	// that was restored and not consumed would be restored once more, when the
 	// shim ends and its claim with it.
@@ -324,9 +342,17 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		// way round it would leave a cold start that nobody explains.
 		s.event(ctx, c, event.Event{
 			Type: event.Restored, CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes,
-			DurationMicros: time.Since(p.begun).Microseconds(), Reason: dumpMode{template: m.Template}.reason(),
+			DurationMicros: time.Since(p.begun).Microseconds(), Reason: p.restoredReason(),
 		})
-		if err := errors.Join(p.claim.Consume(ctx), c.writeCRIUConfig(s.dumpOptions(c)), p.stage.Abort()); err != nil {
+		if lazy != nil {
+			go s.follow(ctx, c, lazy) // ends when memory is full or the container is dead
+		} else {
+			if err := p.claim.Consume(ctx); err != nil {
+				log.G(ctx).WithError(err).Error("consume checkpoint")
+			}
+			s.unmark(ctx, p)
+		}
+		if err := errors.Join(c.writeCRIUConfig(s.dumpOptions(c)), p.stage.Abort()); err != nil {
 			log.G(ctx).WithError(err).Error("clean up after restore")
 		}
 		return resp, nil
@@ -342,13 +368,17 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		waitProcessesIn(ctx, filepath.Join(c.bundle, "work")) // CRIU takes back what it made
 	}
 
-	end := c.beginExchange()
+	if err = nil; end == nil {
+		end = c.beginExchange()
+		s.publisher.muteDelete(c.id)
+		if err = s.deleteUnstarted(ctx, c.id); err != nil {
+			s.publisher.drop(c.id) // no event will come
+		}
+	}
 	defer end()
-	s.publisher.muteDelete(c.id)
-	if err := s.deleteUnstarted(ctx, c.id); err != nil {
-		s.publisher.drop(c.id) // no event will come
+	if lerr := s.abandonLazy(ctx, c); err != nil || lerr != nil {
 		s.returnRestore(ctx, c, p, err)
-		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: delete after failed restore: %w", c.id, errors.Join(cause, errgrpc.ToNative(err))))
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: delete after failed restore: %w", c.id, errors.Join(cause, errgrpc.ToNative(err), lerr)))
 	}
 	if err := s.refuse(ctx, c, m.ID, p, cause); err != nil {
 		return nil, err
@@ -363,6 +393,19 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		return nil, err
 	}
 	return s.TTRPCTaskService.Start(caller, r)
+}
+
+// restoredReason is what the event of the restore says.
+func (p *pendingRestore) restoredReason() string {
+	reason := dumpMode{template: p.claim.Manifest().Template}.reason()
+	switch p.eager {
+	case "", eagerChosen, eagerSmall:
+		return reason
+	}
+	if reason != "" {
+		reason += "; "
+	}
+	return reason + "memory was read before the start: " + p.eager
 }
 
 // deleteUnstarted removes the inner object of a restore that failed. Where runc

@@ -27,6 +27,7 @@ import (
 type restoringInner struct {
 	*inner
 	start   func() error // outcome of the next Start, nil for success
+	create  func() error // of the next Create, likewise
 	running bool         // as runc sees it
 }
 
@@ -40,6 +41,15 @@ func (i *restoringInner) Start(ctx context.Context, _ *taskAPI.StartRequest) (*t
 		}
 	}
 	return &taskAPI.StartResponse{Pid: 7}, nil
+}
+
+func (i *restoringInner) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (*taskAPI.CreateTaskResponse, error) {
+	resp, err := i.inner.Create(ctx, r)
+	if create := i.create; create != nil {
+		i.create = nil
+		return nil, create()
+	}
+	return resp, err
 }
 
 func (i *restoringInner) Delete(ctx context.Context, _ *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {

@@ -240,6 +240,7 @@ func (s *service) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAP
 	resp, err := s.TTRPCTaskService.Delete(ctx, r)
 	if r.ExecID == "" && c != nil && (err == nil || errdefs.IsNotFound(errgrpc.ToNative(err))) {
 		s.abandonRestore(ctx, c)
+		s.endLazy(ctx, c)
 		s.noteClone(c)
 		s.forget(r.ID)
 	}
@@ -459,6 +460,15 @@ func (s *service) Checkpoint(ctx context.Context, r *taskAPI.CheckpointTaskReque
 	}
 	defer c.end()
 	start := time.Now()
+	if err := c.waitFull(ctx); err != nil {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: %w", r.ID, err))
+	}
+	if c.optedIn {
+		// What the restore left there would be wrong here, if it could not be replaced then.
+		if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
+			return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: %w", r.ID, err))
+		}
+	}
 	if state.Status == task.Status_PAUSED {
 		// containerd pauses before it checkpoints.
 		if err := c.leaveVfork(ctx); err != nil {

@@ -302,6 +302,7 @@ func TestSettingsRefused(t *testing.T) {
 		{checkpoint.InternalPolicy: "resume", checkpoint.InternalKey: "../x"},
 		{checkpoint.InternalPolicy: "sometimes"},
 		{checkpoint.InternalPolicy: "resume", checkpoint.InternalTCP: "maybe"},
+		{checkpoint.InternalPolicy: "resume", checkpoint.InternalMemory: "maybe"},
 	} {
 		if s, err := settingsOf(a); err == nil || s.OptedIn() {
 			t.Errorf("%v: %+v, %v", a, s, err)

@@ -54,7 +54,8 @@ Types:
   dump-failed     the container got its stop signal instead
   restored        a container goes on from a checkpoint
   cold-start      there was a checkpoint, but it was not used
-  restore-failed  the start was made to fail, as the pod asked for
+  restore-failed  the start was made to fail, as the pod asked for; or the
+                  container was killed because its memory could not be filled
   quarantined     a checkpoint was set aside
   ignored         an annotation was refused
   removed         a checkpoint was removed`,

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/stasis-containers/stasis/nri"
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 )
 
 var twoDigits = regexp.MustCompile(`^[0-9]{2}$`)
@@ -19,7 +20,7 @@ var twoDigits = regexp.MustCompile(`^[0-9]{2}$`)
 // run parses the arguments and is the daemon until ctx ends.
 func run(ctx context.Context, args []string) error {
 	var c nri.Config
-	var level, format string
+	var level, format, memory string
 	cmd := &cobra.Command{
 		Use:   "stasisd",
 		Short: "Decide which containers of this node are dumped and restored",
@@ -54,6 +55,10 @@ Under systemd it reports readiness and answers the watchdog.`,
 			case c.GC.TTL < 0 || c.GC.MaxBytes < 0 || c.GC.MaxCount < 0 || c.GC.KeepPerIdentity < 0:
 				return fmt.Errorf("a limit must not be negative; 0 means none")
 			}
+			c.Memory = checkpoint.Memory(memory)
+			if err := c.Memory.Validate(); err != nil {
+				return fmt.Errorf("--memory: %w", err)
+			}
 			c.Version, c.MaxLogBytes = version, 16<<20
 			return nri.Run(cmd.Context(), c)
 		},
@@ -73,6 +78,7 @@ Under systemd it reports readiness and answers the watchdog.`,
 	f.StringVar(&c.KubeletUnit, "kubelet-unit", "kubelet.service", "systemd unit of the kubelet, which is stopped before the containers are dumped at a shutdown")
 	f.StringVar(&c.ContainerdState, "containerd-state", "/run/containerd", "containerd's state directory")
 	f.StringVar(&c.MetricsAddress, "metrics-address", "", "TCP address to serve /metrics and /healthz on; empty for none")
+	f.StringVar(&memory, "memory", string(checkpoint.MemoryLazy), "lazy: restored containers of 32 MiB and more run while their memory is filled; eager: afterwards; annotation "+checkpoint.AnnotationMemory+" overrides it")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
 	cmd.SetArgs(args)

@@ -23,6 +23,9 @@ const (
 	// AnnotationTemplate names the template, of the pod's own namespace, that a
 	// container begins from. See [ValidateTemplateName].
 	AnnotationTemplate = Prefix + "template"
+	// AnnotationMemory says when a restore brings memory back: see [Memory].
+	// Default: what the daemon was told.
+	AnnotationMemory = Prefix + "memory"
 )
 
 // ContainerAnnotation is the form of an annotation that holds for one container
@@ -44,7 +47,7 @@ func Known(name string) bool {
 		name = Prefix + own
 	}
 	switch name {
-	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate:
+	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate, AnnotationMemory:
 		return true
 	}
 	return false
@@ -80,6 +83,8 @@ const (
 	InternalOnFailure = InternalPrefix + "on-failure"
 	// InternalTCP is the resolved [TCP].
 	InternalTCP = InternalPrefix + "tcp"
+	// InternalMemory is the resolved [Memory]; where it is absent memory is eager.
+	InternalMemory = InternalPrefix + "memory"
 	// InternalImageDigest is the digest of the container's OCI image.
 	InternalImageDigest = InternalPrefix + "image-digest"
 	// InternalCheckpointID names the checkpoint that the daemon found for the
@@ -136,12 +141,32 @@ const (
 	TCPKeep TCP = "keep"
 )
 
+// Memory says when a restore brings memory back.
+type Memory string
+
+const (
+	// MemoryLazy fills memory while the tasks run, where that is possible and
+	// worth it.
+	MemoryLazy Memory = "lazy"
+	// MemoryEager fills all memory before the tasks run.
+	MemoryEager Memory = "eager"
+)
+
+// Validate refuses what is neither; empty is neither.
+func (m Memory) Validate() error {
+	if m != MemoryLazy && m != MemoryEager {
+		return fmt.Errorf("unknown value %q, want lazy or eager: %w", string(m), ErrInvalid)
+	}
+	return nil
+}
+
 // Settings are the annotations of one container, resolved.
 type Settings struct {
 	Policy    Policy    `json:"policy"`
 	Key       string    `json:"key,omitempty"`
 	OnFailure OnFailure `json:"onFailure,omitempty"`
 	TCP       TCP       `json:"tcp,omitempty"`
+	Memory    Memory    `json:"memory,omitempty"` // empty where the pod does not say
 	// Template is the name of the template to begin from, empty for none.
 	Template string `json:"template,omitempty"`
 }
@@ -216,6 +241,14 @@ func ParseSettings(annotations map[string]string, container string) (Settings, e
 		s.TCP = t
 	default:
 		return off, fmt.Errorf("annotation %s: unknown value %q, want close or keep: %w", AnnotationTCP, v, ErrInvalid)
+	}
+	if v, err = get(AnnotationMemory); err != nil {
+		return off, err
+	}
+	if s.Memory = Memory(v); v != "" {
+		if err := s.Memory.Validate(); err != nil {
+			return off, fmt.Errorf("annotation %s: %w", AnnotationMemory, err)
+		}
 	}
 	if s.Key, err = get(AnnotationKey); err != nil {
 		return off, err

@@ -34,6 +34,9 @@ func TestParseSettings(t *testing.T) {
 		"container says empty":  {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): ""}, off, ""},
 		"unknown policy":        {map[string]string{p: "Resume"}, off, p},
 		"unknown failure":       {map[string]string{p: "resume", "stasis.dev/on-failure": "panic"}, off, "stasis.dev/on-failure"},
+		"lazy":                  {map[string]string{p: "resume", "stasis.dev/memory": "lazy"}, with(func(s *checkpoint.Settings) { s.Memory = checkpoint.MemoryLazy }), ""},
+		"container is eager":    {map[string]string{p: "resume", "stasis.dev/memory": "lazy", "memory.stasis.dev/container.app": "eager"}, with(func(s *checkpoint.Settings) { s.Memory = checkpoint.MemoryEager }), ""},
+		"unknown memory":        {map[string]string{p: "resume", "stasis.dev/memory": "on"}, off, "stasis.dev/memory"},
 		"unknown tcp":           {map[string]string{p: "resume", "stasis.dev/tcp": "yes"}, off, "stasis.dev/tcp"},
 		"oversized policy":      {map[string]string{p: strings.Repeat("x", 257)}, off, p},
 		"oversized key":         {map[string]string{p: "resume", "stasis.dev/key": strings.Repeat("x", 257)}, off, "stasis.dev/key"},
@@ -140,7 +143,7 @@ func FuzzParseSettings(f *testing.F) {
 // TestContainerAnnotation: the form for one container is a name that Kubernetes
 // accepts: one slash, a DNS subdomain before it, at most 63 bytes after it.
 func TestContainerAnnotation(t *testing.T) {
-	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate} {
+	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate, checkpoint.AnnotationMemory} {
 		got := checkpoint.ContainerAnnotation(name, strings.Repeat("c", 53))
 		prefix, rest, _ := strings.Cut(got, "/")
 		if strings.Contains(rest, "/") || len(rest) > 63 || !strings.HasSuffix(prefix, ".stasis.dev") {

@@ -100,6 +100,10 @@ type Sizes struct {
 	LayerBytes  int64 `json:"layerBytes"`  // writable layer
 	VolumeBytes int64 `json:"volumeBytes"` // memory-backed volumes
 	TotalBytes  int64 `json:"totalBytes"`
+	// InUseBytes is the memory that the dumped container was charged for. It is
+	// less than what CRIU wrote where processes share pages that fork copied;
+	// 0 where nobody has looked.
+	InUseBytes int64 `json:"inUseBytes,omitempty"`
 }
 
 // Timings are in microseconds, in the order in which the phases happen.

@@ -5,6 +5,8 @@
 // ours, alternating within one run, as the ratio of medians; resident memory of
 // the shims likewise. Dumps: programs with 10, 100 and 1000 MB of incompressible
 // heap, phases as the shim recorded them.
+//
+// With -restore RUNS it compares restores instead, see restore.go.
 package main
 
 import (
@@ -64,8 +66,10 @@ type dump struct {
 func main() {
 	pairs := flag.Int("pairs", 30, "pairs of ordinary containers")
 	out := flag.String("o", "", "JSON file")
+	runs := flag.Int("restore", 0, "compare lazy and eager restores, so many of each")
+	sizes := flag.String("sizes", "30,100,1000", "with -restore: heaps in MB")
 	flag.Parse()
-	if err := run(context.Background(), *pairs, *out); err != nil {
+	if err := run(context.Background(), *pairs, *runs, *sizes, *out); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -76,7 +80,7 @@ type client struct {
 	im cri.ImageServiceClient
 }
 
-func run(ctx context.Context, pairs int, out string) error {
+func run(ctx context.Context, pairs, runs int, sizes, out string) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Minute)
 	defer cancel()
 	conn, err := grpc.NewClient("unix:///run/containerd/containerd.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -90,6 +94,14 @@ func run(ctx context.Context, pairs int, out string) error {
 			return err
 		}
 	}
+	if runs > 0 {
+		r, err := c.restores(ctx, runs, sizes)
+		if err != nil {
+			return err
+		}
+		r.print()
+		return writeJSON(out, r)
+	}
 	r := report{Pairs: pairs}
 	if err := c.ordinary(ctx, &r); err != nil {
 		return err
@@ -102,6 +114,10 @@ func run(ctx context.Context, pairs int, out string) error {
 		r.Dumps = append(r.Dumps, d)
 	}
 	r.print()
+	return writeJSON(out, r)
+}
+
+func writeJSON(out string, r any) error {
 	if out == "" {
 		return nil
 	}

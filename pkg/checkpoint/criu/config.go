@@ -112,6 +112,13 @@ func Config(o ConfigOptions) string {
 	return b.String()
 }
 
+// CanLazyRestore tells whether a CRIU of this version speaks the protocol of
+// package pager, which is that of 4.2 (criu/uffd.c).
+func CanLazyRestore(version string) bool {
+	v, err := parseVersion(version)
+	return err == nil && slices.Compare(v, []int{4, 2}) >= 0
+}
+
 // CanSkipNetworkLock tells whether a CRIU of this version may be given
 // [ConfigOptions.SkipNetworkLock]. 4.2 and older crash on the option in a
 // configuration file that a request names: criu/config.c:parse_options looks

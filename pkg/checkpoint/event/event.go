@@ -30,7 +30,7 @@ const (
 	DumpFailed  Type = "dump-failed"    // the container got its signal instead; Reason says why
 	Restored    Type = "restored"       // a container goes on from a checkpoint
 	ColdStart   Type = "cold-start"     // a checkpoint was there, but not used; Reason says why
-	RestoreFail Type = "restore-failed" // strict: the start was made to fail
+	RestoreFail Type = "restore-failed" // strict: the start was made to fail; or, with code "pager", the container was killed after it
 	Quarantined Type = "quarantined"    // a checkpoint was set aside for study
 	Ignored     Type = "ignored"        // annotations have no effect; Reason says which and why
 	Removed     Type = "removed"        // a checkpoint was removed, by whom Reason says
@@ -50,7 +50,7 @@ type Event struct {
 	// ReasonCode is one of a small set, fit for a metric's label: "missing",
 	// "corrupt", "mismatch", "incompatible", "criu", "no-space", "busy",
 	// "unsupported", "timeout", "aborted", "invalid", "crash-loop", "memory-limit",
-	// "missed", "internal".
+	// "missed", "pager", "internal".
 	ReasonCode     string              `json:"reasonCode,omitempty"`
 	DurationMicros int64               `json:"durationMicros,omitempty"`
 	SizeBytes      int64               `json:"sizeBytes,omitempty"`
