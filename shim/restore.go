@@ -343,6 +343,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		s.event(ctx, c, event.Event{
 			Type: event.Restored, CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes,
 			DurationMicros: time.Since(p.begun).Microseconds(), Reason: p.restoredReason(),
+			Volatile: m.Template != "", // a template is there as before
 		})
 		if lazy != nil {
 			go s.follow(ctx, c, lazy) // ends when memory is full or the container is dead

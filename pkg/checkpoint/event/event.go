@@ -3,19 +3,22 @@
 // and turned into metrics by the daemon.
 //
 // Invariants: an event is one write(2) of one line to a file opened with
-// O_APPEND, so lines of several writers never mix; a reader skips lines that it
-// cannot decode; the daemon rotates the file, and writers open it anew for each
-// event, so no writer holds a rotated file for long.
+// O_APPEND, so lines of several writers never mix, and is synced; a reader skips
+// lines that it cannot decode; the daemon rotates the file, and writers open it
+// anew for each event, so no writer holds a rotated file for long.
 package event
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 )
 
 // FileName is the log's name within the store's root directory.
@@ -55,12 +58,16 @@ type Event struct {
 	DurationMicros int64               `json:"durationMicros,omitempty"`
 	SizeBytes      int64               `json:"sizeBytes,omitempty"`
 	Timings        *checkpoint.Timings `json:"timings,omitempty"`
+	// Volatile: Append does not wait for the disk, for nobody would miss the
+	// event after a power cut.
+	Volatile bool `json:"-"`
 }
 
 const maxReason = 2048
 
 // Append writes the event to the log under root, the store's root directory,
-// setting Time where it is zero.
+// setting Time where it is zero. Unless it is volatile it is durable once Append
+// returns: a power cut must not leave a cold start that nobody explains.
 func Append(root string, e Event) error {
 	if e.Time.IsZero() {
 		e.Time = time.Now().UTC()
@@ -72,13 +79,42 @@ func Append(root string, e Event) error {
 	if err != nil {
 		return fmt.Errorf("event: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(root, FileName), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	path := filepath.Join(root, FileName)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
+	made := errors.Is(err, fs.ErrNotExist)
+	if made {
+		f, err = os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
+	}
 	if err != nil {
 		return fmt.Errorf("event: %w", err)
 	}
-	if _, err := f.Write(append(line, '\n')); err != nil {
-		f.Close()
+	line = append(line, '\n')
+	if torn(f) {
+		line = append([]byte{'\n'}, line...)
+	}
+	_, err = f.Write(line)
+	if err == nil && !e.Volatile {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil && made {
+		err = fsys.OS{}.SyncDir(root)
+	}
+	if err != nil {
 		return fmt.Errorf("event: %w", err)
 	}
-	return f.Close()
+	return nil
+}
+
+// torn tells whether the last line has no end, as a crash may leave it.
+func torn(f *os.File) bool {
+	st, err := f.Stat()
+	if err != nil || st.Size() == 0 {
+		return false
+	}
+	var last [1]byte
+	_, err = f.ReadAt(last[:], st.Size()-1)
+	return err == nil && last[0] != '\n'
 }
