@@ -170,6 +170,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	g.Go(func() error { s.plugin.connect(ctx, config.NRISocket, config.PluginIndex); return nil })
 	g.Go(func() error { s.loop(ctx, tail); return nil })
 	g.Go(func() error { s.collect(ctx); return nil })
+	g.Go(func() error { s.plugin.promoter.run(ctx); return nil })
 	g.Go(func() error { s.watchdog(ctx); return nil })
 	facts := make(chan struct{})
 	g.Go(func() error { s.keepHostFacts(ctx, facts); return nil })
@@ -193,7 +194,8 @@ func newServer(config Config, st *store.Store) *server {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "stasis", Name: "missed_containers",
 		Help: "Containers of opted-in pods that are not dumped, for they were created while the daemon was not connected."}, func() float64 { return float64(len(s.missedNow())) }))
 	s.plugin = &plugin{latest: st.Latest, template: st.LatestTemplate, runtimeDir: config.RuntimeDir, memory: config.Memory, later: s.later, metrics: m, pods: pods,
-		lookups: make(chan struct{}, maxLookups), accepted: make(chan struct{})}
+		promoter: newPromoter(s.later, askShim(config.ContainerdState)),
+		lookups:  make(chan struct{}, maxLookups), accepted: make(chan struct{})}
 	return s
 }
 
@@ -332,6 +334,8 @@ func (s *server) tell(ctx context.Context, e event.Event) {
 	switch l := log.G(ctx).WithFields(fields); e.Type {
 	case event.Removed:
 		l.Info("checkpoint removed")
+	case event.PromoteFail:
+		l.Warn("container not promoted")
 	case event.Ignored:
 		l.Warn("pod's annotations have no effect")
 	case event.Quarantined:

@@ -42,6 +42,9 @@ func (c *connection) RemoveContainer(ctx context.Context, _ *api.PodSandbox, ctr
 	c.mu.Lock()
 	delete(c.missed, ctr.GetId())
 	c.mu.Unlock()
+	if c.promoter != nil {
+		c.promoter.forget(ctr.GetId())
+	}
 	if c.runtimeDir == "" {
 		return nil
 	}

@@ -104,7 +104,7 @@ func (m *metrics) observe(e event.Event) {
 		m.restores.WithLabelValues("cold-start", reason).Inc()
 	case event.RestoreFail:
 		m.restores.WithLabelValues("failed", reason).Inc()
-	case event.Quarantined, event.Ignored, event.Removed:
+	case event.Quarantined, event.Ignored, event.Removed, event.PromoteFail:
 	default:
 		m.events.WithLabelValues("other").Inc()
 		return

@@ -42,6 +42,7 @@ type plugin struct {
 	metrics  *metrics
 	pods     *pods
 	lookups  chan struct{} // a token for each running lookup
+	promoter *promoter     // nil where there is nobody to ask
 	// runtimeDir is stasis's; empty gives no container a generation.
 	runtimeDir string
 	memory     checkpoint.Memory // of pods that do not say
@@ -87,6 +88,9 @@ func (c *connection) Configure(_ context.Context, _, runtime, version string) (a
 func (c *connection) Synchronize(_ context.Context, pods []*api.PodSandbox, containers []*api.Container) ([]*api.ContainerUpdate, error) {
 	defer c.metrics.request("Synchronize")()
 	c.plugin.pods.replace(pods)
+	if c.promoter != nil {
+		c.promoter.replace(pods, containers)
+	}
 	if c.runtimeDir != "" {
 		var ids []string
 		for _, ctr := range containers {

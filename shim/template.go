@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 	"github.com/stasis-containers/stasis/pkg/restore"
 )
@@ -71,6 +73,59 @@ func (s *service) snapshot(ctx context.Context, id, template string) (control.Re
 		job.cancel(errAbandoned)
 		return control.Result{}, ctx.Err()
 	}
+}
+
+// Promote implements [control.Server].
+func (s *service) Promote(ctx context.Context, id string) (control.Promotion, error) {
+	ctx = withFields(ctx, log.Fields{"container_id": id})
+	p, err := s.promote(ctx, id)
+	if err != nil {
+		return control.Promotion{}, fmt.Errorf("promote container %s: %w", id, err)
+	}
+	return p, nil
+}
+
+func (s *service) promote(ctx context.Context, id string) (control.Promotion, error) {
+	c, err := s.enrolled(ctx, id)
+	if errdefs.IsNotFound(err) {
+		return control.Promotion{Skipped: "it is gone, or did not opt in"}, nil
+	}
+	if err != nil {
+		return control.Promotion{}, err
+	}
+	c.mu.Lock()
+	from, started, cg := c.restoredFrom, !c.startedAt.IsZero(), c.cgroup
+	c.mu.Unlock()
+	switch {
+	case c.settings.Template == "":
+		return control.Promotion{Skipped: "its pod names no template"}, nil
+	case from != nil:
+		return control.Promotion{Skipped: "it went on from checkpoint " + string(from.ID) + " itself"}, nil
+	case started && cg != nil && !alive(cg):
+		return control.Promotion{Skipped: "it has exited"}, nil
+	}
+	st, err := s.openStore()
+	if err != nil {
+		return control.Promotion{}, err
+	}
+	m, err := st.LatestTemplate(ctx, c.identity.Namespace, c.settings.Template)
+	var corrupt *store.CorruptError // the next clone sets it aside
+	if err != nil && !errors.Is(err, checkpoint.ErrNotFound) && !errors.As(err, &corrupt) {
+		return control.Promotion{}, err
+	}
+	if err == nil && s.fits(c, m) {
+		return control.Promotion{Result: control.Result{CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes, Already: true}}, nil
+	}
+	r, err := s.snapshot(ctx, id, c.settings.Template)
+	return control.Promotion{Result: r}, err
+}
+
+// fits tells whether another container like this one would begin from the
+// template on this node.
+func (s *service) fits(c *container, m *checkpoint.Manifest) bool {
+	facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile))
+	return err == nil && criu.CheckHost(m.Host, facts) == nil && m.ImageDigest == c.annotations[checkpoint.InternalImageDigest] &&
+		len(m.Fingerprint.Diff(checkpoint.ComputeTemplateFingerprint(c.spec))) == 0
 }
 
 // pruneTemplates removes what the new version replaces; what it cannot remove

@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
@@ -251,4 +253,67 @@ func TestTemplateSetAside(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPromote: the first container that began cold becomes the template that its
+// pod names; there is none afterwards that would be another.
+func TestPromote(t *testing.T) {
+	s, m, st := rebootable(t, checkpoint.PolicyTemplate)
+	c := s.lookup("c")
+	c.annotations = map[string]string{checkpoint.InternalImageDigest: "sha256:1"}
+	boot, err := checkpoint.BootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	facts := fmt.Sprintf(`{"bootID": %q, "arch": "amd64", "criuVersion": "4.2.1", "cpuFlags": ["sse2"]}`, boot)
+	if err := os.WriteFile(filepath.Join(s.config.RuntimeDir, hostFactsFile), []byte(facts), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	skipped := func(why string) {
+		t.Helper()
+		if p, err := s.Promote(t.Context(), "c"); err != nil || !strings.Contains(p.Skipped, why) {
+			t.Errorf("%+v, %v, want %q", p, err, why)
+		}
+		if all := templatesOf(t, st); len(all) > 1 {
+			t.Errorf("templates %+v", all)
+		}
+	}
+	if p, err := s.Promote(t.Context(), "unknown"); err != nil || p.Skipped == "" {
+		t.Errorf("unknown: %+v, %v", p, err)
+	}
+	skipped("names no template")
+	c.settings.Template = "shop"
+	c.restoredFrom = &checkpoint.Manifest{ID: "x"}
+	skipped("went on from checkpoint x")
+	c.restoredFrom = nil
+	m.dump = func(context.Context) error { return errors.New("no") }
+	if _, err := s.Promote(t.Context(), "c"); err == nil || !strings.Contains(err.Error(), "CRIU failed") {
+		t.Errorf("failed dump: %v", err)
+	}
+	wantMachine(t, m, st, "running")
+	m.dump = func(context.Context) error { return nil }
+	promote := func(already bool) checkpoint.ID {
+		t.Helper()
+		p, err := s.Promote(t.Context(), "c")
+		if err != nil || p.Skipped != "" || p.Already != already || p.CheckpointID == "" {
+			t.Fatalf("%+v, %v", p, err)
+		}
+		return p.CheckpointID
+	}
+	first := promote(false)
+	wantMachine(t, m, st, "running")
+	if again := promote(true); again != first {
+		t.Errorf("version %s, want %s", again, first)
+	}
+	// Another image, or another spec, makes another version.
+	c.annotations[checkpoint.InternalImageDigest] = "sha256:other"
+	second := promote(false)
+	promote(true)
+	c.spec.Process = &specs.Process{Args: []string{"other"}}
+	promote(false)
+	if all := templatesOf(t, st); len(all) != 1 || all[0].Version == first || all[0].Version == second {
+		t.Errorf("templates %+v", all)
+	}
+	m.killAll()
+	skipped("it has exited")
 }

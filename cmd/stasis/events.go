@@ -15,7 +15,7 @@ import (
 )
 
 var eventTypes = []event.Type{event.Dumped, event.DumpFailed, event.Restored, event.ColdStart, event.RestoreFail,
-	event.Quarantined, event.Ignored, event.Removed}
+	event.Quarantined, event.Ignored, event.Removed, event.PromoteFail}
 
 // eventFilter says which events are shown.
 type eventFilter struct {
@@ -58,7 +58,8 @@ Types:
                   container was killed because its memory could not be filled
   quarantined     a checkpoint was set aside
   ignored         an annotation was refused
-  removed         a checkpoint was removed`,
+  removed         a checkpoint was removed
+  promote-failed  a container did not become a template, and runs on`,
 		Example: `  stasis events --since 1h
   stasis events --follow --type dump-failed --type cold-start
   stasis events --container default/db-0/postgres -o json`,

@@ -3,6 +3,7 @@ package checkpoint
 import (
 	"fmt"
 	"strings"
+	"time"
 )
 
 // Prefix is the name space of all annotations of stasis.
@@ -26,6 +27,16 @@ const (
 	// AnnotationMemory says when a restore brings memory back: see [Memory].
 	// Default: what the daemon was told.
 	AnnotationMemory = Prefix + "memory"
+	// AnnotationPromoteAfter is how long a container that began cold must have run
+	// before it becomes the template that it names, where there is none: a duration
+	// such as "90s", [MinPromoteAfter] to [MaxPromoteAfter].
+	AnnotationPromoteAfter = Prefix + "promote-after"
+)
+
+// Bounds of [AnnotationPromoteAfter].
+const (
+	MinPromoteAfter = time.Second
+	MaxPromoteAfter = 24 * time.Hour
 )
 
 // ContainerAnnotation is the form of an annotation that holds for one container
@@ -47,7 +58,7 @@ func Known(name string) bool {
 		name = Prefix + own
 	}
 	switch name {
-	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate, AnnotationMemory:
+	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate, AnnotationMemory, AnnotationPromoteAfter:
 		return true
 	}
 	return false
@@ -169,6 +180,9 @@ type Settings struct {
 	Memory    Memory    `json:"memory,omitempty"` // empty where the pod does not say
 	// Template is the name of the template to begin from, empty for none.
 	Template string `json:"template,omitempty"`
+	// PromoteAfter is how long the container runs before it may become that
+	// template, 0 for never. Only the daemon knows it.
+	PromoteAfter time.Duration `json:"promoteAfter,omitempty"`
 }
 
 // OptedIn reports whether stasis acts on the container at all.
@@ -249,6 +263,19 @@ func ParseSettings(annotations map[string]string, container string) (Settings, e
 		if err := s.Memory.Validate(); err != nil {
 			return off, fmt.Errorf("annotation %s: %w", AnnotationMemory, err)
 		}
+	}
+	if v, err = get(AnnotationPromoteAfter); err != nil {
+		return off, err
+	}
+	if v != "" {
+		d, err := time.ParseDuration(v)
+		switch {
+		case err != nil || d < MinPromoteAfter || d > MaxPromoteAfter:
+			return off, fmt.Errorf("annotation %s: %q, want a duration of %v to %v: %w", AnnotationPromoteAfter, v, MinPromoteAfter, MaxPromoteAfter, ErrInvalid)
+		case s.Template == "":
+			return off, fmt.Errorf("annotation %s: %s names no template: %w", AnnotationPromoteAfter, AnnotationTemplate, ErrInvalid)
+		}
+		s.PromoteAfter = d
 	}
 	if s.Key, err = get(AnnotationKey); err != nil {
 		return off, err

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -20,36 +21,50 @@ func TestParseSettings(t *testing.T) {
 		want        checkpoint.Settings
 		names       string // the annotation that the error names; none if empty
 	}{
-		"none":                  {nil, off, ""},
-		"others":                {map[string]string{"example.com/policy": "resume"}, off, ""},
-		"off":                   {map[string]string{p: "off", "stasis.dev/tcp": "nonsense"}, off, ""},
-		"resume":                {map[string]string{p: "resume"}, full, ""},
-		"reboot":                {map[string]string{p: "reboot"}, with(func(s *checkpoint.Settings) { s.Policy = checkpoint.PolicyReboot }), ""},
-		"all":                   {map[string]string{p: "resume", "stasis.dev/key": "Db-0", "stasis.dev/on-failure": "fail", "stasis.dev/tcp": "keep"}, checkpoint.Settings{Policy: checkpoint.PolicyResume, Key: "Db-0", OnFailure: checkpoint.OnFailureFail, TCP: checkpoint.TCPKeep}, ""},
-		"defaults said":         {map[string]string{p: "resume", "stasis.dev/on-failure": "cold-start", "stasis.dev/tcp": "close"}, full, ""},
-		"this container only":   {map[string]string{checkpoint.ContainerAnnotation(p, "app"): "resume"}, full, ""},
-		"another container":     {map[string]string{checkpoint.ContainerAnnotation(p, "sidecar"): "resume"}, off, ""},
-		"container wins":        {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): "off"}, off, ""},
-		"container's key wins":  {map[string]string{p: "resume", "stasis.dev/key": "pod", "key.stasis.dev/container.app": "own"}, with(func(s *checkpoint.Settings) { s.Key = "own" }), ""},
-		"container says empty":  {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): ""}, off, ""},
-		"unknown policy":        {map[string]string{p: "Resume"}, off, p},
-		"unknown failure":       {map[string]string{p: "resume", "stasis.dev/on-failure": "panic"}, off, "stasis.dev/on-failure"},
+		"none":                 {nil, off, ""},
+		"others":               {map[string]string{"example.com/policy": "resume"}, off, ""},
+		"off":                  {map[string]string{p: "off", "stasis.dev/tcp": "nonsense"}, off, ""},
+		"resume":               {map[string]string{p: "resume"}, full, ""},
+		"reboot":               {map[string]string{p: "reboot"}, with(func(s *checkpoint.Settings) { s.Policy = checkpoint.PolicyReboot }), ""},
+		"all":                  {map[string]string{p: "resume", "stasis.dev/key": "Db-0", "stasis.dev/on-failure": "fail", "stasis.dev/tcp": "keep"}, checkpoint.Settings{Policy: checkpoint.PolicyResume, Key: "Db-0", OnFailure: checkpoint.OnFailureFail, TCP: checkpoint.TCPKeep}, ""},
+		"defaults said":        {map[string]string{p: "resume", "stasis.dev/on-failure": "cold-start", "stasis.dev/tcp": "close"}, full, ""},
+		"this container only":  {map[string]string{checkpoint.ContainerAnnotation(p, "app"): "resume"}, full, ""},
+		"another container":    {map[string]string{checkpoint.ContainerAnnotation(p, "sidecar"): "resume"}, off, ""},
+		"container wins":       {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): "off"}, off, ""},
+		"container's key wins": {map[string]string{p: "resume", "stasis.dev/key": "pod", "key.stasis.dev/container.app": "own"}, with(func(s *checkpoint.Settings) { s.Key = "own" }), ""},
+		"container says empty": {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): ""}, off, ""},
+		"unknown policy":       {map[string]string{p: "Resume"}, off, p},
+		"unknown failure":      {map[string]string{p: "resume", "stasis.dev/on-failure": "panic"}, off, "stasis.dev/on-failure"},
+		"unknown tcp":          {map[string]string{p: "resume", "stasis.dev/tcp": "yes"}, off, "stasis.dev/tcp"},
+		"oversized policy":     {map[string]string{p: strings.Repeat("x", 257)}, off, p},
+		"oversized key":        {map[string]string{p: "resume", "stasis.dev/key": strings.Repeat("x", 257)}, off, "stasis.dev/key"},
+		"key is a path":        {map[string]string{p: "resume", "stasis.dev/key": "../x"}, off, "stasis.dev/key"},
+		"bad in a container":   {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): "maybe"}, off, p},
+		"internal is not ours": {map[string]string{checkpoint.InternalPolicy: "resume"}, off, ""},
+		"spaces are not cut":   {map[string]string{p: " resume"}, off, p},
+		"key without a policy": {map[string]string{"stasis.dev/key": "../x"}, off, ""},
+		"template's source":    {map[string]string{p: "template"}, with(func(s *checkpoint.Settings) { s.Policy = checkpoint.PolicyTemplate }), ""},
+		"template":             {map[string]string{"stasis.dev/template": "shop"}, with(func(s *checkpoint.Settings) { s.Policy, s.Template = checkpoint.PolicyTemplate, "shop" }), ""},
+		"template and resume":  {map[string]string{p: "resume", "template.stasis.dev/container.app": "shop"}, with(func(s *checkpoint.Settings) { s.Template = "shop" }), ""},
+		"template, but off":    {map[string]string{p: "off", "stasis.dev/template": "shop"}, off, ""},
+		"template is a path":   {map[string]string{"stasis.dev/template": "../x"}, off, "stasis.dev/template"},
+		"promotion": {map[string]string{"stasis.dev/template": "shop", "stasis.dev/promote-after": "1m30s"}, with(func(s *checkpoint.Settings) {
+			s.Policy, s.Template, s.PromoteAfter = checkpoint.PolicyTemplate, "shop", 90*time.Second
+		}), ""},
+		"promotion, one": {map[string]string{"stasis.dev/template": "shop", "promote-after.stasis.dev/container.app": "1s"}, with(func(s *checkpoint.Settings) {
+			s.Policy, s.Template, s.PromoteAfter = checkpoint.PolicyTemplate, "shop", time.Second
+		}), ""},
+		"promotion, no unit":    {map[string]string{"stasis.dev/template": "shop", "stasis.dev/promote-after": "30"}, off, "stasis.dev/promote-after"},
+		"promotion at once":     {map[string]string{"stasis.dev/template": "shop", "stasis.dev/promote-after": "0s"}, off, "stasis.dev/promote-after"},
+		"promotion, too soon":   {map[string]string{"stasis.dev/template": "shop", "stasis.dev/promote-after": "999ms"}, off, "stasis.dev/promote-after"},
+		"promotion, before":     {map[string]string{"stasis.dev/template": "shop", "stasis.dev/promote-after": "-5s"}, off, "stasis.dev/promote-after"},
+		"promotion, too late":   {map[string]string{"stasis.dev/template": "shop", "stasis.dev/promote-after": "24h1s"}, off, "stasis.dev/promote-after"},
+		"promotion to what":     {map[string]string{p: "template", "stasis.dev/promote-after": "5s"}, off, "stasis.dev/promote-after"},
+		"promotion, oversized":  {map[string]string{"stasis.dev/template": "shop", "stasis.dev/promote-after": strings.Repeat("0", 257)}, off, "stasis.dev/promote-after"},
+		"promotion, off":        {map[string]string{"stasis.dev/promote-after": "5s"}, off, ""},
 		"lazy":                  {map[string]string{p: "resume", "stasis.dev/memory": "lazy"}, with(func(s *checkpoint.Settings) { s.Memory = checkpoint.MemoryLazy }), ""},
 		"container is eager":    {map[string]string{p: "resume", "stasis.dev/memory": "lazy", "memory.stasis.dev/container.app": "eager"}, with(func(s *checkpoint.Settings) { s.Memory = checkpoint.MemoryEager }), ""},
 		"unknown memory":        {map[string]string{p: "resume", "stasis.dev/memory": "on"}, off, "stasis.dev/memory"},
-		"unknown tcp":           {map[string]string{p: "resume", "stasis.dev/tcp": "yes"}, off, "stasis.dev/tcp"},
-		"oversized policy":      {map[string]string{p: strings.Repeat("x", 257)}, off, p},
-		"oversized key":         {map[string]string{p: "resume", "stasis.dev/key": strings.Repeat("x", 257)}, off, "stasis.dev/key"},
-		"key is a path":         {map[string]string{p: "resume", "stasis.dev/key": "../x"}, off, "stasis.dev/key"},
-		"bad in a container":    {map[string]string{p: "resume", checkpoint.ContainerAnnotation(p, "app"): "maybe"}, off, p},
-		"internal is not ours":  {map[string]string{checkpoint.InternalPolicy: "resume"}, off, ""},
-		"spaces are not cut":    {map[string]string{p: " resume"}, off, p},
-		"key without a policy":  {map[string]string{"stasis.dev/key": "../x"}, off, ""},
-		"template's source":     {map[string]string{p: "template"}, with(func(s *checkpoint.Settings) { s.Policy = checkpoint.PolicyTemplate }), ""},
-		"template":              {map[string]string{"stasis.dev/template": "shop"}, with(func(s *checkpoint.Settings) { s.Policy, s.Template = checkpoint.PolicyTemplate, "shop" }), ""},
-		"template and resume":   {map[string]string{p: "resume", "template.stasis.dev/container.app": "shop"}, with(func(s *checkpoint.Settings) { s.Template = "shop" }), ""},
-		"template, but off":     {map[string]string{p: "off", "stasis.dev/template": "shop"}, off, ""},
-		"template is a path":    {map[string]string{"stasis.dev/template": "../x"}, off, "stasis.dev/template"},
 		"no template here":      {map[string]string{"stasis.dev/template": "shop", "template.stasis.dev/container.app": ""}, off, ""},
 		"oversized, not policy": {map[string]string{"stasis.dev/tcp": strings.Repeat("x", 257)}, off, ""},
 	} {
@@ -143,7 +158,7 @@ func FuzzParseSettings(f *testing.F) {
 // TestContainerAnnotation: the form for one container is a name that Kubernetes
 // accepts: one slash, a DNS subdomain before it, at most 63 bytes after it.
 func TestContainerAnnotation(t *testing.T) {
-	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate, checkpoint.AnnotationMemory} {
+	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate, checkpoint.AnnotationMemory, checkpoint.AnnotationPromoteAfter} {
 		got := checkpoint.ContainerAnnotation(name, strings.Repeat("c", 53))
 		prefix, rest, _ := strings.Cut(got, "/")
 		if strings.Contains(rest, "/") || len(rest) > 63 || !strings.HasSuffix(prefix, ".stasis.dev") {

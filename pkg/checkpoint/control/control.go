@@ -1,6 +1,6 @@
-// Package control is the private service by which the CLI asks a shim to dump
-// a container without stopping it, for a reboot or as a template, and to let it
-// go on, or to run a command in it. Each shim serves it on the socket on which it
+// Package control is the private service by which the CLI and the daemon ask a
+// shim to dump a container without stopping it, for a reboot or as a template, and
+// to let it go on, or to run a command in it. Each shim serves it on the socket on which it
 // serves the task service.
 //
 // Invariants:
@@ -10,7 +10,8 @@
 //     before it thaws, or by its death.
 //   - A container for which Prepare failed runs on as before.
 //   - Each call is idempotent, except for Snapshot and Run.
-//   - After Snapshot, with whatever result, the container runs on as before.
+//   - After Snapshot and Promote, with whatever result, the container runs on as
+//     before.
 //
 // Messages are JSON within one protobuf field: both ends are of one release,
 // and a reader ignores fields that it does not know.
@@ -85,9 +86,20 @@ type Server interface {
 	// newest version of a template of the container's namespace. It ends by
 	// ctx's deadline.
 	Snapshot(ctx context.Context, containerID, template string) (Result, error)
+	// Promote is Snapshot for the template that the container's own pod names, if
+	// the container began without a checkpoint and there is no version of it yet
+	// from which another one like it would begin.
+	Promote(ctx context.Context, containerID string) (Promotion, error)
 	// Run runs a command in the container, as the container's own user, and
 	// returns when it has exited. The end of ctx kills the command.
 	Run(ctx context.Context, containerID string, args []string) (RunResult, error)
+}
+
+// Promotion is what came of a Promote.
+type Promotion struct {
+	Result // Already: such a version was there
+	// Skipped says why nothing is to be done; then there is no Result.
+	Skipped string `json:"skipped,omitempty"`
 }
 
 // RunResult is how a command ended.
@@ -125,6 +137,7 @@ func Register(server *ttrpc.Server, s Server) {
 			}
 			return s.Snapshot(ctx, r.ContainerID, r.Template)
 		}),
+		"Promote": method(s.Promote),
 		"Run": method(func(ctx context.Context, request string) (RunResult, error) {
 			var r runRequest
 			if err := json.Unmarshal([]byte(request), &r); err != nil {
@@ -183,6 +196,11 @@ func (c Client) Snapshot(ctx context.Context, id, template string) (Result, erro
 		return Result{}, fmt.Errorf("snapshot of container %s: %w", id, err)
 	}
 	return call[Result](ctx, c, "Snapshot", string(request))
+}
+
+// Promote calls [Server.Promote].
+func (c Client) Promote(ctx context.Context, id string) (Promotion, error) {
+	return call[Promotion](ctx, c, "Promote", id)
 }
 
 // Run calls [Server.Run].

@@ -37,6 +37,7 @@ const (
 	Quarantined Type = "quarantined"    // a checkpoint was set aside for study
 	Ignored     Type = "ignored"        // annotations have no effect; Reason says which and why
 	Removed     Type = "removed"        // a checkpoint was removed, by whom Reason says
+	PromoteFail Type = "promote-failed" // a container did not become a template, and runs on
 )
 
 // Event is one line of the log. Empty fields do not apply.

@@ -167,6 +167,16 @@ func (c *Container) Snapshot(ctx context.Context, template string) (r control.Re
 	return r, err
 }
 
+// Promote asks the container's shim to make a template of it if there is none, see
+// [control.Server].
+func (c *Container) Promote(ctx context.Context) (p control.Promotion, err error) {
+	err = c.call(ctx, func(ctx context.Context, shim control.Client) error {
+		p, err = shim.Promote(ctx, c.ID)
+		return err
+	})
+	return p, err
+}
+
 // Run asks the container's shim to run a command in it, see [control.Server].
 func (c *Container) Run(ctx context.Context, args []string) (r control.RunResult, err error) {
 	err = c.call(ctx, func(ctx context.Context, shim control.Client) error {
