@@ -67,6 +67,10 @@ bench: node build ## Measure overhead and phases; prints a table, writes out/ben
 bench-restore: node build ## Measure restores of 30, 100, 1000 MB, lazy and eager in turn; writes out/bench-restore.json (root)
 	test/bench/restore $(or $(RUNS),10)
 
+.PHONY: bench-jvm
+bench-jvm: node build ## Measure the first answer of a JVM: cold, by CRIU, cloned; writes out/bench-jvm.* (root; an hour)
+	test/bench/jvm/run
+
 .PHONY: fuzz
 fuzz: ## Fuzz every parser for FUZZTIME each
 	@for t in $$(grep -rl --include='*_test.go' 'func Fuzz' pkg nri cmd shim); do \
