@@ -126,7 +126,7 @@ func (n *node) goneOn(kernel string, before state, seen int) {
 				switch seen := before.facts[w.name].grows[c.name]; {
 				case !c.counts || w.key != "":
 				case last == 0 && first > seen:
-					t.Logf("it goes on with %d, after %d and more; the kubelet has removed the old log", first, seen)
+					t.Logf("it goes on with %d, after %d and more; the old log is gone", first, seen)
 				case first != last+1:
 					t.Errorf("it begins with %d, it had come to %d", first, last)
 				default:
