@@ -142,6 +142,19 @@ func (s *testShim) Prepare(ctx context.Context, id string) (control.Result, erro
 	return s.result, nil
 }
 
+// waitPrepared waits until the shim is done, whether its answer gets through or not.
+func (s *testShim) waitPrepared() {
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		s.mu.Lock()
+		state := s.state
+		s.mu.Unlock()
+		if state == control.Prepared {
+			return
+		}
+	}
+	s.n.t.Errorf("%s is not prepared", s.key)
+}
+
 func (s *testShim) Abort(ctx context.Context, id string) error {
 	s.note(ctx, "abort")
 	if _, err := Load(fsys.OS{}, s.n.Root); !errors.Is(err, fs.ErrNotExist) {
@@ -511,12 +524,13 @@ func TestInterrupted(t *testing.T) {
 			hang := make(chan struct{})
 			defer close(hang)
 			n.add("quick", nil)
-			n.add("late", func(s *testShim) { s.hang = hang })
+			late := n.add("late", func(s *testShim) { s.hang = hang })
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			o := n.options()
 			o.Progress = func(done, _ int, e Entry) {
 				if done == 1 && !timeout {
+					late.waitPrepared()
 					cancel()
 				}
 			}
