@@ -43,10 +43,42 @@ func (m manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 		log.G(ctx).WithField("container_id", id).WithError(err).Warn("release container of a dead shim")
 	}
 	status, err := m.Shim.Stop(ctx, id)
-	if err := removeCgroup(ctx, id); err != nil {
+	if err := errors.Join(removeCgroup(ctx, id), unmountYards(ctx, id)); err != nil {
 		log.G(ctx).WithField("container_id", id).WithError(err).Warn("remove cgroup of a dead shim's container")
 	}
 	return status, err
+}
+
+// unmountYards unmounts what a CRIU that was killed in a restore has mounted of
+// cgroup version 1 in its work directory (criu/cgroup.c, prepare_cgroup), so that
+// containerd can remove that.
+func unmountYards(ctx context.Context, id string) error {
+	dir, err := bundleOf(id)
+	if err != nil {
+		return err
+	}
+	work, err := filepath.EvalSymlinks(filepath.Join(dir, "work"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	yards := func() []string {
+		names, _ := filepath.Glob(filepath.Join(work, ".criu.cgyard.*")) // the pattern is valid
+		return names
+	}
+	if len(yards()) == 0 {
+		return nil
+	}
+	waitProcessesIn(ctx, work) // a CRIU that still lives unmounts them itself
+	var errs []error
+	for _, name := range yards() {
+		if err := unix.Unmount(name, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL && err != unix.ENOENT {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // bundleOf is the directory of the container beside which, or in which, the
