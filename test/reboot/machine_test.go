@@ -205,6 +205,7 @@ func (m *machine) cut() {
 // the end of QEMU.
 func (m *machine) off(limit time.Duration) {
 	m.t.Helper()
+	limit *= slow
 	select {
 	case <-m.done:
 		m.qemu = nil
@@ -221,7 +222,7 @@ func (m *machine) tail() string {
 // sh runs a script in the machine and returns its output; it fails with the
 // script.
 func (m *machine) sh(limit time.Duration, script string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	ctx, cancel := context.WithTimeout(context.Background(), limit*slow)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://agent/exec", strings.NewReader(script))
 	if err != nil {
@@ -294,6 +295,15 @@ func env(name, otherwise string) string {
 	}
 	return otherwise
 }
+
+// slow stretches the limits of the tests, as STASIS_SLOW says.
+var slow = func() time.Duration {
+	n, err := strconv.Atoi(env("STASIS_SLOW", "1"))
+	if err != nil || n < 1 {
+		panic("STASIS_SLOW is no factor")
+	}
+	return time.Duration(n)
+}()
 
 func envInt(t *testing.T, name string, otherwise int) int {
 	t.Helper()

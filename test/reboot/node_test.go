@@ -285,6 +285,7 @@ func (p pod) attempt(name string) int {
 // await looks until all of the pods answer and ok, if any, is content.
 func (n *node) await(what string, limit time.Duration, ok func(state) error) state {
 	n.t.Helper()
+	limit *= slow
 	var s state
 	var err error
 	said := ""
@@ -314,6 +315,7 @@ func (n *node) await(what string, limit time.Duration, ok func(state) error) sta
 // up waits until the agent answers.
 func (n *node) up(limit time.Duration) {
 	n.t.Helper()
+	limit *= slow
 	var err error
 	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(time.Second) {
 		var out string
