@@ -142,12 +142,7 @@ func copyOf(t *testing.T, saved *machine, kernel, cpu string) *machine {
 
 func (m *machine) start(kernel, cpu string, more ...string) {
 	m.t.Helper()
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	m.port = free.Addr().(*net.TCPAddr).Port
-	free.Close()
+	m.port = freePort(m.t)
 	m.boots++
 	k := filepath.Join(m.vm, "kernel-"+kernel)
 	// Without mitigations: page table isolation makes each system call flush the
@@ -168,27 +163,46 @@ func (m *machine) start(kernel, cpu string, more ...string) {
 		args = append(args, "-drive", "file="+m.seed+",format=raw,if=virtio,readonly=on")
 	}
 	m.qemu = exec.Command("qemu-system-x86_64", args...)
-	m.qemu.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var stderr bytes.Buffer
 	m.qemu.Stderr = &stderr
 	m.booted = time.Now()
-	// Pdeathsig follows the thread that forks, which must therefore stay.
-	started := make(chan error)
-	m.done = make(chan struct{})
-	go func(q *exec.Cmd, done chan struct{}) {
-		runtime.LockOSThread()
-		started <- q.Start()
-		q.Wait() //nolint:errcheck // killed, mostly
+	var err error
+	if m.done, err = child(m.qemu, func() {
 		for _, line := range strings.Split(strings.TrimSpace(stderr.String()), "\n") {
 			if line != "" && !strings.Contains(line, "TCG doesn't support requested feature") {
 				m.t.Logf("QEMU: %s", line)
 			}
 		}
-		close(done)
-	}(m.qemu, m.done)
-	if err := <-started; err != nil {
+	}); err != nil {
 		m.t.Fatal(err)
 	}
+}
+
+// child starts a program that does not outlive the test. When it has ended,
+// ended is called, and then done is closed.
+func child(c *exec.Cmd, ended func()) (done chan struct{}, err error) {
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	done = make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // Pdeathsig follows the thread that forks, which must therefore stay
+		started <- c.Start()
+		c.Wait() //nolint:errcheck // killed, mostly
+		ended()
+		close(done)
+	}()
+	return done, <-started
+}
+
+// freePort is one that nobody listens at.
+func freePort(t *testing.T) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
 }
 
 // cut is a power cut.

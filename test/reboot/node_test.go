@@ -25,6 +25,7 @@ type node struct {
 	*machine
 	pods       []workload
 	generation map[string]int
+	api        *controlPlane // nil: the kubelet is on its own, and the pods are static
 }
 
 // newNode makes a machine that is off, with pods to run.
@@ -124,6 +125,15 @@ func (n *node) writeSeed() error {
 	if err := file("etc/machine-id", 0o444, fmt.Appendf(nil, "%032x\n", start.UnixNano())); err != nil {
 		return err
 	}
+	if n.api != nil {
+		if err := file("etc/kubernetes/kubelet.conf", 0o600, []byte(n.api.kubeconfig)); err != nil {
+			return err
+		}
+		if err := file("etc/default/kubelet", 0o644, []byte("KUBELET_EXTRA_ARGS=--kubeconfig=/etc/kubernetes/kubelet.conf\n")); err != nil {
+			return err
+		}
+		return w.Close()
+	}
 	for _, p := range n.pods {
 		if err := file("etc/kubernetes/manifests/"+p.name+".yaml", 0o600, []byte(p.manifest(0))); err != nil {
 			return err
@@ -138,7 +148,7 @@ var wantedBy = regexp.MustCompile(`(?m)^(Wanted|Required)By=(.*)$`)
 type pod struct {
 	Metadata struct{ Name, UID string }
 	Status   struct {
-		PodIP             string
+		Phase, PodIP      string
 		ContainerStatuses []struct {
 			Name         string
 			RestartCount int
@@ -218,13 +228,15 @@ func (n *node) look(ctx context.Context) (state, error) {
 		miss := func(format string, args ...any) {
 			missing = append(missing, w.name+": "+fmt.Sprintf(format, args...))
 		}
-		if p.Metadata.UID != w.uid(n.generation[w.name]) {
+		if p.Metadata.UID != n.uid(w) {
 			miss("no pod with its UID")
 			continue
 		}
 		up := len(p.Status.ContainerStatuses) == len(w.containers) && p.Status.PodIP != ""
 		for i := range p.Status.ContainerStatuses {
-			up = up && p.Status.ContainerStatuses[i].State.Running != nil
+			running := p.Status.ContainerStatuses[i].State.Running
+			// Of a pod of the API server's the kubelet repeats what it has told the server, before the boot for all it knows.
+			up = up && running != nil && (n.api == nil || running.StartedAt.After(n.booted))
 		}
 		if !up {
 			miss("not running")
@@ -271,6 +283,14 @@ func (n *node) look(ctx context.Context) (state, error) {
 		return s, errors.New(strings.Join(missing, "; "))
 	}
 	return s, nil
+}
+
+// uid is the UID of the pod that should be there now.
+func (n *node) uid(w workload) string {
+	if n.api != nil {
+		return n.api.uids[w.name]
+	}
+	return w.uid(n.generation[w.name])
 }
 
 func (p pod) attempt(name string) int {

@@ -48,7 +48,7 @@ func (f facts) goesOn(before facts) error {
 	return f.after(before)
 }
 
-// workload is a static pod, and how it is asked.
+// workload is a pod, and how it is asked.
 type workload struct {
 	name       string
 	light      bool // one of those that only make the number
@@ -241,11 +241,11 @@ func (n *node) get(ctx context.Context, url string) (string, http.Header, error)
 	if err != nil {
 		return "", nil, err
 	}
-	return n.do(req)
+	return do(n.client, req)
 }
 
-func (n *node) do(req *http.Request) (string, http.Header, error) {
-	resp, err := n.client.Do(req)
+func do(client *http.Client, req *http.Request) (string, http.Header, error) {
+	resp, err := client.Do(req)
 	if err != nil {
 		return "", nil, err
 	}
@@ -263,7 +263,7 @@ func put(url string) func(ctx context.Context, n *node, ip, token string) error 
 		if err != nil {
 			return err
 		}
-		_, _, err = n.do(req)
+		_, _, err = do(n.client, req)
 		return err
 	}
 }

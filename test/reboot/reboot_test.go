@@ -109,7 +109,7 @@ func (n *node) goneOn(kernel string, before state, seen int) {
 				for _, reason := range other[key] {
 					t.Error(reason)
 				}
-				logs := s.logs[w.uid(n.generation[w.name])+"/"+c.name]
+				logs := s.logs[n.uid(w)+"/"+c.name]
 				first, last := logs[now].first, logs[old].last
 				if w.cold {
 					if first != 1 || restored[key] != 0 {
