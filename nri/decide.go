@@ -80,7 +80,7 @@ func Decide(pod *api.PodSandbox, c *api.Container, memory checkpoint.Memory, loo
 }
 
 func decide(pod *api.PodSandbox, c *api.Container, memory checkpoint.Memory, lookup Lookup, template LookupTemplate) (d Decision) {
-	identity := checkpoint.Identity{Namespace: pod.GetNamespace(), Key: pod.GetUid(), Container: c.GetName()}
+	identity := identityOf(pod, c.GetName(), checkpoint.Settings{})
 	tell := func(t event.Type, id checkpoint.ID, code string, err error) {
 		i := identity
 		d.Events = append(d.Events, event.Event{Type: t, Identity: &i, CheckpointID: id, ReasonCode: code, Reason: err.Error()})
@@ -96,11 +96,8 @@ func decide(pod *api.PodSandbox, c *api.Container, memory checkpoint.Memory, loo
 	if !settings.OptedIn() {
 		return d
 	}
-	if settings.Key == "" {
-		settings.Key = identity.Key
-	}
-	identity.Key = settings.Key
-	if err := checkpoint.ValidateKey(settings.Key); err != nil { // the pod's UID: an annotation was checked
+	identity = identityOf(pod, c.GetName(), settings)
+	if err := checkpoint.ValidateKey(identity.Key); err != nil { // the pod's UID: an annotation was checked
 		tell(event.Ignored, "", "invalid", fmt.Errorf("uid of the pod, set %s: %w", checkpoint.AnnotationKey, err))
 		return d
 	}
@@ -118,7 +115,7 @@ func decide(pod *api.PodSandbox, c *api.Container, memory checkpoint.Memory, loo
 	}
 	d.Set = map[string]string{
 		checkpoint.InternalPolicy:      string(settings.Policy),
-		checkpoint.InternalKey:         settings.Key,
+		checkpoint.InternalKey:         identity.Key,
 		checkpoint.InternalOnFailure:   string(settings.OnFailure),
 		checkpoint.InternalTCP:         string(settings.TCP),
 		checkpoint.InternalImageDigest: digest,

@@ -26,13 +26,9 @@ type missed struct {
 
 // findMissed lists such containers among those that run, by ID.
 func findMissed(pods []*api.PodSandbox, containers []*api.Container) map[string]missed {
-	bySandbox := make(map[string]*api.PodSandbox, len(pods))
-	for _, p := range pods {
-		bySandbox[p.GetId()] = p
-	}
-	found := map[string]missed{}
+	live, found := bySandbox(pods), map[string]missed{}
 	for _, c := range containers {
-		pod := bySandbox[c.GetPodSandboxId()]
+		pod := live[c.GetPodSandboxId()]
 		if _, decided := c.GetAnnotations()[checkpoint.InternalPolicy]; decided || pod == nil {
 			continue
 		}
@@ -43,10 +39,7 @@ func findMissed(pods []*api.PodSandbox, containers []*api.Container) map[string]
 		}
 		m := missed{sandboxID: pod.GetId(), keepsRecords: settings.KeepsRecords(), created: time.Unix(0, c.GetCreatedAt())}
 		m.ContainerID, m.PodName, m.PodUID = c.GetId(), pod.GetName(), pod.GetUid()
-		m.Identity = checkpoint.Identity{Namespace: pod.GetNamespace(), Key: settings.Key, Container: c.GetName()}
-		if m.Identity.Key == "" {
-			m.Identity.Key = pod.GetUid()
-		}
+		m.Identity = identityOf(pod, c.GetName(), settings)
 		if m.Identity.Validate() == nil {
 			found[m.ContainerID] = m
 		}

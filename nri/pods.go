@@ -1,11 +1,13 @@
 package nri
 
 import (
+	"cmp"
 	"sync"
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
 
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 )
 
@@ -28,6 +30,21 @@ type pods struct {
 }
 
 type sandbox struct{ uid string }
+
+// bySandbox finds the pods of the runtime's list by sandbox ID.
+func bySandbox(list []*api.PodSandbox) map[string]*api.PodSandbox {
+	found := make(map[string]*api.PodSandbox, len(list))
+	for _, p := range list {
+		found[p.GetId()] = p
+	}
+	return found
+}
+
+// identityOf is the identity of a pod's container: its key is the pod's UID
+// unless the settings have one. It is not validated.
+func identityOf(pod *api.PodSandbox, container string, s checkpoint.Settings) checkpoint.Identity {
+	return checkpoint.Identity{Namespace: pod.GetNamespace(), Key: cmp.Or(s.Key, pod.GetUid()), Container: container}
+}
 
 func newPods() *pods {
 	return &pods{now: time.Now, live: map[string]sandbox{}, gone: map[string]time.Time{}, told: map[string]map[string]int{}}

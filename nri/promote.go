@@ -74,16 +74,13 @@ func (p *promoter) started(pod *api.PodSandbox, c *api.Container) {
 // replace takes the runtime's list: after a start of the daemon or of the
 // runtime, the containers that run are candidates again.
 func (p *promoter) replace(pods []*api.PodSandbox, containers []*api.Container) {
-	byID := make(map[string]*api.PodSandbox, len(pods))
-	for _, pod := range pods {
-		byID[pod.GetId()] = pod
-	}
+	live := bySandbox(pods)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	old := p.candidates
 	p.candidates = map[string]*candidate{}
 	for _, c := range containers {
-		pod := byID[c.GetPodSandboxId()]
+		pod := live[c.GetPodSandboxId()]
 		if pod == nil || c.GetState() != api.ContainerState_CONTAINER_RUNNING {
 			continue
 		}
@@ -106,13 +103,11 @@ func (p *promoter) addLocked(pod *api.PodSandbox, c *api.Container, since time.T
 	if err != nil || s.PromoteAfter == 0 {
 		return
 	}
-	if s.Key == "" {
-		s.Key = pod.GetUid()
-	}
+	identity := identityOf(pod, c.GetName(), s)
 	p.candidates[c.GetId()] = &candidate{
 		template: templateName{pod.GetNamespace(), s.Template}, due: since.Add(s.PromoteAfter),
 		event: event.Event{
-			Type: event.PromoteFail, Identity: &checkpoint.Identity{Namespace: pod.GetNamespace(), Key: s.Key, Container: c.GetName()},
+			Type: event.PromoteFail, Identity: &identity,
 			PodName: pod.GetName(), PodUID: pod.GetUid(), SandboxID: pod.GetId(), ContainerID: c.GetId(),
 		},
 	}

@@ -74,9 +74,7 @@ func unmountYards(ctx context.Context, id string) error {
 	waitProcessesIn(ctx, work) // a CRIU that still lives unmounts them itself
 	var errs []error
 	for _, name := range yards() {
-		if err := unix.Unmount(name, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL && err != unix.ENOENT {
-			errs = append(errs, fmt.Errorf("unmount %s: %w", name, err))
-		}
+		errs = append(errs, unmount(name))
 	}
 	return errors.Join(errs...)
 }
@@ -105,7 +103,11 @@ func detach(ctx context.Context, id string) error {
 	} else if o != nil && o.Root != "" {
 		root = o.Root
 	}
-	target := filepath.Join(root, ns, filepath.Base(id), "criu-root")
+	return unmount(filepath.Join(root, ns, filepath.Base(id), "criu-root"))
+}
+
+// unmount detaches what is mounted at target, if anything is.
+func unmount(target string) error {
 	switch err := unix.Unmount(target, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err {
 	case nil, unix.ENOENT, unix.EINVAL: // EINVAL: not mounted
 		return nil
