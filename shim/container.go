@@ -64,7 +64,7 @@ type claim interface {
 	ID() checkpoint.ID
 	Dir() string
 	Manifest() *checkpoint.Manifest
-	Verify(ctx context.Context) error
+	Verify(ctx context.Context, deferred store.Deferred) error
 	Release(ctx context.Context) error
 	Consume(ctx context.Context) error
 	Quarantine(ctx context.Context, reason string, logs map[string][]byte) error
@@ -80,6 +80,25 @@ type pendingRestore struct {
 	applied []layer.Applied // writable layer and volumes, to be undone before a cold start
 	begun   time.Time
 	verify  time.Duration // that the checksums took
+	// unverified: the blocks of memory are yet to be checked, by the pager.
+	unverified bool
+}
+
+// deferred are the files that a pager checks as it reads them.
+func (p *pendingRestore) deferred(f checkpoint.File) bool { return p.unverified && f.Blocks != nil }
+
+// verifyAll checks what has been left to the pager, where there will be none.
+func (p *pendingRestore) verifyAll(ctx context.Context) error {
+	if !p.unverified {
+		return nil
+	}
+	p.unverified = false
+	begin := time.Now()
+	defer func() { p.verify += time.Since(begin) }()
+	if err := p.claim.Verify(ctx, nil); err != nil {
+		return fmt.Errorf("verify: %w", err)
+	}
+	return nil
 }
 
 // group is the cgroup of a container, as far as one needs it. Tests have their own.

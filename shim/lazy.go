@@ -206,6 +206,7 @@ func (s *service) startPager(ctx context.Context, c *container, p *pendingRestor
 		WorkDir:      work,
 		StallTimeout: stallTimeout,
 		Keeper:       pager.NewKeeper(l.conn),
+		Blocks:       p.claim.Manifest().Blocks(),
 	})
 	if err != nil {
 		return nil, errors.Join(err, l.close())
@@ -291,8 +292,12 @@ func (s *service) follow(ctx context.Context, c *container, l *lazyRestore) {
 			log.G(ctx).WithError(err).Error("consume checkpoint")
 		}
 	} else {
-		s.event(cleanup, c, event.Event{Type: event.RestoreFail, CheckpointID: p.claim.ID(), Reason: l.err.Error(), ReasonCode: "pager"})
-		s.setAside(cleanup, c, p, "pager", l.err)
+		code := "pager"
+		if errors.Is(l.err, checkpoint.ErrCorrupt) {
+			code = "corrupt"
+		}
+		s.event(cleanup, c, event.Event{Type: event.RestoreFail, CheckpointID: p.claim.ID(), Reason: l.err.Error(), ReasonCode: code})
+		s.setAside(cleanup, c, p, code, l.err)
 	}
 	s.unmark(cleanup, p)
 	if err := l.close(); err != nil {
@@ -331,6 +336,9 @@ func (s *service) abandonLazy(ctx context.Context, c *container) error {
 // Where it leaves no inner object behind, end is what ends the exchange for one
 // that the caller makes.
 func (s *service) restoreEagerly(ctx context.Context, c *container, p *pendingRestore, r *taskAPI.StartRequest) (resp *taskAPI.StartResponse, end func(), err error) {
+	if err := p.verifyAll(ctx); err != nil {
+		return nil, nil, err
+	}
 	end = c.beginExchange()
 	s.publisher.muteDelete(c.id)
 	if err := s.deleteUnstarted(ctx, c.id); err != nil {

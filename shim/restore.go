@@ -98,7 +98,7 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		Verify: func(ctx context.Context) error {
 			begin := time.Now()
 			defer func() { p.verify = time.Since(begin) }()
-			return p.claim.Verify(ctx)
+			return p.claim.Verify(ctx, p.deferred)
 		},
 		Identity:    c.identity,
 		ImageDigest: c.annotations[checkpoint.InternalImageDigest],
@@ -118,10 +118,14 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	if m.Template == "" && m.SandboxID == c.annotations[checkpoint.CRISandboxID] {
 		r.MinUptime = s.config.MinUptime
 	}
+	p.eager = eagerBecause(m, c, facts.CRIUVersion)
+	// A clone that is killed for damage found late is replaced by another; of a
+	// container that goes on from its own checkpoint there is only one, and what
+	// it did meanwhile is done.
+	p.unverified = p.eager == "" && m.Template != ""
 	if p.plan, err = restore.Prepare(ctx, r); err != nil {
 		return err
 	}
-	p.eager = eagerBecause(m, c, facts.CRIUVersion)
 	if err := s.applyLayers(ctx, c, p); err != nil {
 		return err
 	}
@@ -319,7 +323,14 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	m := p.claim.Manifest()
 	ctx = withFields(ctx, log.Fields{"checkpoint_id": m.ID})
 	lazy := s.beginLazy(ctx, c, p)
-	resp, err := s.TTRPCTaskService.Start(ctx, r)
+	var resp *taskAPI.StartResponse
+	var err error
+	if lazy == nil {
+		err = p.verifyAll(ctx)
+	}
+	if err == nil {
+		resp, err = s.TTRPCTaskService.Start(ctx, r)
+	}
 	var end func() // of an exchange
 	if err != nil && lazy != nil && !lazy.ran() && ctx.Err() == nil {
 		p.eager = fmt.Sprintf("a restore with a pager failed: %v", err)

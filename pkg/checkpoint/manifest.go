@@ -123,6 +123,8 @@ type File struct {
 	Path      string `json:"path"`
 	SizeBytes int64  `json:"sizeBytes"`
 	CRC32C    string `json:"crc32c"`
+	// Blocks are the checksums of its parts, where [BlockBytes] wants them.
+	Blocks *Blocks `json:"blocks,omitempty"`
 }
 
 // Validate checks version, identifiers and bounds. Errors wrap [ErrCorrupt].
@@ -166,6 +168,11 @@ func (m *Manifest) Validate() error {
 		if f.SizeBytes < 0 {
 			return bad("file %q: size %d", f.Path, f.SizeBytes)
 		}
+		if f.Blocks != nil {
+			if err := f.Blocks.validate(f); err != nil {
+				return bad("file %q: %v", f.Path, err)
+			}
+		}
 	}
 	for _, v := range m.Volumes {
 		if !path.IsAbs(v.Destination) || path.Clean(v.Destination) != v.Destination {
@@ -183,11 +190,29 @@ func (m *Manifest) Validate() error {
 // unchanged, and memory-backed volumes, do not count.
 func (m *Manifest) ResidentBytes() (n int64) {
 	for _, f := range m.Files {
-		if ok, _ := path.Match(ImageDir+"/pages-*.img", f.Path); ok { // the pattern is valid
+		if isPages(f.Path) {
 			n += f.SizeBytes
 		}
 	}
 	return n
+}
+
+// isPages tells whether a file of a checkpoint holds memory.
+func isPages(name string) bool {
+	ok, _ := path.Match(ImageDir+"/pages-*.img", name) // the pattern is valid
+	return ok
+}
+
+// Blocks are the files with checksums of their blocks, by their names in the
+// image directory.
+func (m *Manifest) Blocks() map[string]File {
+	files := map[string]File{}
+	for _, f := range m.Files {
+		if f.Blocks != nil {
+			files[path.Base(f.Path)] = f
+		}
+	}
+	return files
 }
 
 func cleanRelative(p string) bool {

@@ -63,7 +63,8 @@ type Request struct {
 	// validated.
 	Dir      string
 	Manifest *checkpoint.Manifest
-	// Verify reads the checkpoint as a whole and compares sizes and checksums.
+	// Verify reads the checkpoint as a whole and compares sizes and checksums, but
+	// for memory that is checked when it is read.
 	Verify func(context.Context) error
 
 	// The live container.

@@ -533,3 +533,58 @@ func lazyFault(t *testing.T, n *node, victim, key string, outcome map[string]int
 		p.remove()
 	}
 }
+
+// TestLazyDamaged: nothing of a damaged block of a template gets into a clone's
+// memory. One that is found when the clone runs is its end, and that of the
+// template; what comes next begins cold.
+func TestLazyDamaged(t *testing.T) {
+	n, name := newNode(t), uniqueKey(t)
+	removeTemplate(t, name)
+	command := patterned(150, 1, false, "marker-"+name)
+	src := n.runPod(name, map[string]string{checkpoint.AnnotationPolicy: "template"}).start("c", "python", command)
+	src.waitRounds(1)
+	version := src.makeTemplate(t, name)
+	pages, err := filepath.Glob(filepath.Join(storeRoot, "templates/default", name, version, "checkpoint/pages-*.img"))
+	if err != nil || len(pages) != 1 {
+		t.Fatalf("pages %v: %v", pages, err)
+	}
+	f, err := os.OpenFile(pages[0], os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	size := int64(150 << 20)
+	var b [1]byte
+	if _, err := f.ReadAt(b[:], size/2); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1
+	if _, err := f.WriteAt(b[:], size/2); err != nil {
+		t.Fatal(err)
+	}
+	src.p.remove()
+
+	c := clonePod(n, name).start("c", "python", command)
+	c.wantLazy()
+	eventually(t, "end of the clone", func() error {
+		if st := c.status(); st.State == cri.ContainerState_CONTAINER_RUNNING {
+			return fmt.Errorf("state %v, log ends with %q", st.State, tail(c.log(), 200))
+		}
+		return nil
+	})
+	if st := c.status(); st.ExitCode != 137 {
+		t.Errorf("exit code %d, want 137", st.ExitCode)
+	}
+	c.wantNoLoss()
+	c.p.wantOutcome(event.RestoreFail, "corrupt", "checksum")
+	if out := run(t, "stasis", "ls", "--state", "quarantined"); !strings.Contains(out, version) {
+		t.Errorf("it is not quarantined:\n%s", out)
+	}
+	c.p.remove()
+	again := clonePod(n, name).start("c", "python", command)
+	again.waitRounds(1)
+	again.p.wantOutcome(event.ColdStart, "missing", name)
+	run(t, "stasis", "rm", version)
+	again.p.remove()
+	wantNoneLeft(t, "marker-"+name)
+}

@@ -69,8 +69,10 @@ func (c *Claim) ID() checkpoint.ID { return c.id }
 // Manifest is the checkpoint's, not to be changed.
 func (c *Claim) Manifest() *checkpoint.Manifest { return c.manifest }
 
-// Verify is like [Store.Verify].
-func (c *Claim) Verify(ctx context.Context) error { return c.s.verify(ctx, c.dir, c.id, false) }
+// Verify is like [Store.Verify], but for what is deferred.
+func (c *Claim) Verify(ctx context.Context, deferred Deferred) error {
+	return c.s.verify(ctx, c.dir, c.id, false, deferred)
+}
 
 // Release gives the checkpoint back unused.
 func (c *Claim) Release(ctx context.Context) error {

@@ -153,7 +153,7 @@ var scenarios = map[string]scenario{
 			if err != nil {
 				return err
 			}
-			return errors.Join(pin.Verify(ctx), pin.Release(ctx))
+			return errors.Join(pin.Verify(ctx, nil), pin.Release(ctx))
 		},
 		before: map[string]State{"next": isTemplate}, after: map[string]State{"next": isTemplate},
 	},

@@ -146,8 +146,8 @@ func (g *Stage) seal(ctx context.Context, m checkpoint.Manifest, start time.Time
 		tasks = append(tasks,
 			func(context.Context) error { return syncFile(g.s.fs, p) },
 			func(ctx context.Context) (err error) {
+				sums[i], err = sum(ctx, g.s.fs, p, checkpoint.BlockBytes(f.Path, f.SizeBytes))
 				sums[i].Path = f.Path
-				sums[i].SizeBytes, sums[i].CRC32C, err = sum(ctx, g.s.fs, p)
 				return err
 			})
 	}
@@ -272,32 +272,56 @@ var (
 	buffers    = sync.Pool{New: func() any { return new([1 << 20]byte) }}
 )
 
-// sum reads a regular file and returns its size and checksum, in the form of
-// [checkpoint.File].
-func sum(ctx context.Context, fsys fsys.FS, p string) (int64, string, error) {
-	f, err := fsys.Open(p)
+// sum reads a regular file and returns its size and checksums, those of its
+// blocks too unless blockBytes is 0.
+func sum(ctx context.Context, files fsys.FS, p string, blockBytes int64) (checkpoint.File, error) {
+	f, err := files.Open(p)
 	if err != nil {
-		return 0, "", err
+		return checkpoint.File{}, err
 	}
 	defer f.Close()
 	buf := buffers.Get().(*[1 << 20]byte)
 	defer buffers.Put(buf)
-	var size int64
+	var s checkpoint.File
+	if blockBytes > 0 {
+		s.Blocks = &checkpoint.Blocks{SizeBytes: blockBytes}
+	}
 	var crc uint32
 	for {
 		if ctx.Err() != nil {
-			return 0, "", context.Cause(ctx)
+			return checkpoint.File{}, context.Cause(ctx)
 		}
-		n, err := f.Read(buf[:])
-		crc = crc32.Update(crc, castagnoli, buf[:n])
-		size += int64(n)
-		if err == io.EOF {
-			return size, fmt.Sprintf("%08x", crc), nil
+		b := buf[:]
+		if blockBytes > 0 { // no read goes beyond the end of a block
+			b = buf[:min(int64(len(buf)), blockBytes-s.SizeBytes%blockBytes)]
+		}
+		n, err := f.Read(b)
+		crc = crc32.Update(crc, castagnoli, b[:n])
+		s.SizeBytes += int64(n)
+		end := err == io.EOF
+		if s.Blocks != nil && (n > 0 && s.SizeBytes%blockBytes == 0 || end && s.SizeBytes%blockBytes > 0) {
+			s.Blocks.Add(crc)
+		}
+		if end {
+			s.CRC32C = fmt.Sprintf("%08x", crc)
+			return s, nil
 		}
 		if err != nil {
-			return 0, "", err
+			return checkpoint.File{}, err
 		}
 	}
+}
+
+// size is that of a regular file.
+func size(files fsys.FS, p string) (int64, error) {
+	st, err := files.Lstat(p)
+	if err == nil && !st.Mode().IsRegular() {
+		err = fsys.ErrNotRegular
+	}
+	if err != nil {
+		return 0, err
+	}
+	return st.Size(), nil
 }
 
 // Verify reads all of a checkpoint: every file that the manifest lists is there,
@@ -308,10 +332,14 @@ func (s *Store) Verify(ctx context.Context, id checkpoint.ID) error {
 	if err != nil {
 		return err
 	}
-	return s.verify(ctx, dir, id, state == Quarantined)
+	return s.verify(ctx, dir, id, state == Quarantined, nil)
 }
 
-func (s *Store) verify(ctx context.Context, dir string, id checkpoint.ID, quarantined bool) error {
+// Deferred tells of which files a verification is to compare no more than the
+// size: whoever reads them checks each block. nil stands for none.
+type Deferred func(checkpoint.File) bool
+
+func (s *Store) verify(ctx context.Context, dir string, id checkpoint.ID, quarantined bool, deferred Deferred) error {
 	m, err := s.readManifest(dir, id)
 	if err != nil {
 		return err
@@ -335,16 +363,22 @@ func (s *Store) verify(ctx context.Context, dir string, id checkpoint.ID, quaran
 		}
 		delete(there, f.Path)
 		tasks = append(tasks, func(ctx context.Context) error {
-			size, crc, err := sum(ctx, s.fs, filepath.Join(dir, f.Path))
+			name, got := filepath.Join(dir, f.Path), checkpoint.File{CRC32C: f.CRC32C}
+			var err error
+			if deferred != nil && deferred(f) {
+				got.SizeBytes, err = size(s.fs, name)
+			} else {
+				got, err = sum(ctx, s.fs, name, 0)
+			}
 			switch {
 			case errors.Is(err, syscall.EIO), errors.Is(err, fsys.ErrNotRegular), errors.Is(err, syscall.ELOOP):
 				return fmt.Errorf("file %q: %w: %w", f.Path, checkpoint.ErrCorrupt, err)
 			case err != nil:
 				return err
-			case size != f.SizeBytes:
-				return fmt.Errorf("file %q has %d bytes, want %d: %w", f.Path, size, f.SizeBytes, checkpoint.ErrCorrupt)
-			case crc != f.CRC32C:
-				return fmt.Errorf("file %q has checksum %s, want %s: %w", f.Path, crc, f.CRC32C, checkpoint.ErrCorrupt)
+			case got.SizeBytes != f.SizeBytes:
+				return fmt.Errorf("file %q has %d bytes, want %d: %w", f.Path, got.SizeBytes, f.SizeBytes, checkpoint.ErrCorrupt)
+			case got.CRC32C != f.CRC32C:
+				return fmt.Errorf("file %q has checksum %s, want %s: %w", f.Path, got.CRC32C, f.CRC32C, checkpoint.ErrCorrupt)
 			}
 			return nil
 		})

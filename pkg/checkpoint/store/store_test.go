@@ -234,7 +234,7 @@ func TestLifeOfACheckpoint(t *testing.T) {
 
 		c, err := s.Claim(ctx, m.ID, "container-1")
 		must(t, err)
-		must(t, c.Verify(ctx))
+		must(t, c.Verify(ctx, nil))
 		if c.ID() != m.ID || c.Manifest().ID != m.ID {
 			t.Errorf("claimed %s, manifest of %s", c.ID(), c.Manifest().ID)
 		}
@@ -545,7 +545,7 @@ func TestDamage(t *testing.T) {
 				must(t, err)
 				c, err := s.Claim(ctx, m.ID, "c")
 				must(t, err)
-				wantIs(t, c.Verify(ctx), checkpoint.ErrCorrupt)
+				wantIs(t, c.Verify(ctx, nil), checkpoint.ErrCorrupt)
 				must(t, c.Quarantine(ctx, "damaged", nil))
 			} else {
 				if !errors.As(err, &corrupt) || corrupt.ID != id {
@@ -647,7 +647,7 @@ func TestOneWinner(t *testing.T) {
 				t.Fatalf("%d winners", len(claims))
 			}
 			c := <-claims
-			must(t, c.Verify(t.Context()))
+			must(t, c.Verify(t.Context(), nil))
 			must(t, c.Release(t.Context()))
 		}
 	})
@@ -685,7 +685,7 @@ func TestTogether(t *testing.T) {
 						t.Error(err)
 						return
 					}
-					if err := c.Verify(ctx); err != nil {
+					if err := c.Verify(ctx, nil); err != nil {
 						t.Error(err)
 					}
 					if n%3 == 0 {
@@ -758,4 +758,58 @@ func BenchmarkLatest10000(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// TestBlocks: a large file of memory has checksums of its blocks, each of which
+// finds damage there, and a verification that leaves it to them sees no more than
+// its size.
+func TestBlocks(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *Store) {
+		ctx := t.Context()
+		const name = "pages-7.img"
+		data := make([]byte, 1<<20+12345)
+		for i := range data {
+			data[i] = byte(i * i >> 7)
+		}
+		m := manifestFor(alice, 1)
+		g, err := s.Stage(ctx, m.ID)
+		must(t, err)
+		must(t, fsys.WriteFile(s.fs, filepath.Join(g.Dir(), checkpoint.ImageDir, name), data))
+		must(t, fsys.WriteFile(s.fs, filepath.Join(g.Dir(), checkpoint.ImageDir, "pages-8.img"), data[:1<<20-1]))
+		must(t, fsys.WriteFile(s.fs, filepath.Join(g.Dir(), checkpoint.RootfsDiffFile), data))
+		must(t, g.Commit(ctx, m))
+
+		c, err := s.Claim(ctx, m.ID, "c")
+		must(t, err)
+		files := c.Manifest().Blocks()
+		f := files[name]
+		if len(files) != 1 || f.Blocks == nil {
+			t.Fatalf("blocks of %v", files)
+		}
+		must(t, f.Blocks.Check(0, data))
+		must(t, f.Blocks.Check(16, data[1<<20:]))
+		asked := 0
+		deferred := func(f checkpoint.File) bool { asked++; return f.Blocks != nil }
+		must(t, c.Verify(ctx, nil))
+		must(t, c.Verify(ctx, deferred))
+		if asked != 3 {
+			t.Errorf("asked for %d files", asked)
+		}
+
+		p := filepath.Join(c.Dir(), checkpoint.ImageDir, name)
+		rewrite := func(data []byte) {
+			t.Helper()
+			must(t, s.fs.Remove(p))
+			must(t, fsys.WriteFile(s.fs, p, data))
+		}
+		data[70000] ^= 1
+		rewrite(data)
+		must(t, c.Verify(ctx, deferred))
+		wantIs(t, c.Verify(ctx, nil), checkpoint.ErrCorrupt)
+		wantIs(t, f.Blocks.Check(1, data[1<<16:2<<16]), checkpoint.ErrCorrupt)
+		must(t, f.Blocks.Check(0, data[:1<<16]))
+		rewrite(data[:len(data)-1])
+		wantIs(t, c.Verify(ctx, deferred), checkpoint.ErrCorrupt)
+		must(t, c.Release(ctx))
+	})
 }

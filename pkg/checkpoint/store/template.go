@@ -207,7 +207,7 @@ func (s *Store) VerifyTemplate(ctx context.Context, r TemplateRef) error {
 	if _, err := s.readVersion(r); err != nil {
 		return err
 	}
-	return s.verify(ctx, s.versionPath(r), r.Version, false)
+	return s.verify(ctx, s.versionPath(r), r.Version, false, nil)
 }
 
 // RemoveTemplate removes a version, for good once it returns. Errors:
@@ -418,9 +418,9 @@ func (p *Pin) ID() checkpoint.ID { return p.ref.Version }
 // Manifest is the version's, not to be changed.
 func (p *Pin) Manifest() *checkpoint.Manifest { return p.manifest }
 
-// Verify is like [Store.Verify].
-func (p *Pin) Verify(ctx context.Context) error {
-	return p.s.verify(ctx, p.Dir(), p.ref.Version, false)
+// Verify is like [Store.Verify], but for what is deferred.
+func (p *Pin) Verify(ctx context.Context, deferred Deferred) error {
+	return p.s.verify(ctx, p.Dir(), p.ref.Version, false, deferred)
 }
 
 // Release ends the pin.

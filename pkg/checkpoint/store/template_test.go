@@ -31,7 +31,7 @@ func TestTemplate(t *testing.T) {
 		must(t, err)
 		second, err := s.PinTemplate(ctx, v1, "two")
 		must(t, err)
-		must(t, pin.Verify(ctx))
+		must(t, pin.Verify(ctx, nil))
 		if pin.ID() != v1.Version || pin.Manifest().Template != shop {
 			t.Errorf("pinned %s of %q", pin.ID(), pin.Manifest().Template)
 		}

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 )
 
@@ -38,6 +39,12 @@ type Options struct {
 	// Keeper has another process hold every userfaultfd, before anything is read
 	// from it and until its memory is full; nil for none.
 	Keeper *Keeper
+
+	// Blocks are the files of pages whose content is yet to be checked, by name.
+	// Each block of them is, before anything of it gets into a task's memory: in
+	// Start where CRIU reads it, else when the pager does. Damage ends the pager
+	// with a [checkpoint.ErrCorrupt].
+	Blocks map[string]checkpoint.File
 
 	pause time.Duration // between the pieces of the bulk; for tests
 }
@@ -74,9 +81,10 @@ type Pager struct {
 	total uint64 // bytes of it
 	start time.Time
 
-	epoll, wake int              // descriptors
-	faultBuf    [aroundSize]byte // of the server
-	ending      context.Context  // done when the pager ends
+	contents    map[uint32]*content // by process
+	epoll, wake int                 // descriptors
+	asked       window              // of the server
+	ending      context.Context     // done when the pager ends
 	stop        context.CancelFunc
 	restored    chan struct{} // closed at CRIU's last message
 	done        chan struct{} // closed when nothing runs any more
@@ -131,6 +139,9 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 		return nil, err
 	}
 	p.total = p.mem.Bytes()
+	if p.contents, err = contentOf(opt.ImageDir, p.mem, opt.Blocks); err != nil {
+		return nil, err
+	}
 	for _, t := range p.mem.Tasks {
 		if t.Pages != nil {
 			unix.Fadvise(int(t.Pages.Fd()), 0, 0, unix.FADV_WILLNEED) // a hint
@@ -488,13 +499,13 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 
 // fill copies in bulk, until the end.
 func (p *Pager) fill() {
-	buf := make([]byte, chunkSize)
+	var w window
 	for {
 		s := p.nextSpace()
 		if s == nil {
 			return
 		}
-		err := s.bulk(buf)
+		err := s.bulk(&w)
 		switch {
 		case err == nil:
 		case errors.Is(err, errChanging):

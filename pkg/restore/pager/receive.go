@@ -145,7 +145,7 @@ func (p *Pager) receiveAll(conn *net.UnixConn) error {
 		if err != nil {
 			return fmt.Errorf("process %d: %w", id, err)
 		}
-		s := &space{p: p, pid: t.PID, fd: fd, src: t.Pages, epoch: 1}
+		s := &space{p: p, pid: t.PID, fd: fd, src: p.contents[t.PID], epoch: 1}
 		for _, r := range t.Runs {
 			s.spans = append(s.spans, span{addr: r.Addr, size: r.Size, off: r.Off, notInherited: r.NotInherited})
 		}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -34,7 +33,7 @@ type space struct {
 	pid   uint32 // in the images; of the ancestor, for a child of fork
 	child bool   // made by fork
 	fd    int    // userfaultfd; -1 once closed
-	src   *os.File
+	src   *content
 
 	// rw orders copies, which hold it for reading, and the reading of events.
 	rw sync.RWMutex
@@ -67,6 +66,8 @@ type space struct {
 
 // claim takes a piece of what is to be done. With the events counted it tells
 // whether the claim still holds.
+//
+// It ends where a block of the images does: the next one begins there.
 func (s *space) claim(size uint64) (c span, claims uint64, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -74,6 +75,9 @@ func (s *space) claim(size uint64) (c span, claims uint64, ok bool) {
 		return span{}, 0, false
 	}
 	first := &s.todo[0]
+	if b := s.src.blocks; b != nil {
+		size -= uint64(first.off % min(b.SizeBytes, int64(size)))
+	}
 	c = first.part(first.addr, first.addr+size)
 	if c.size == first.size {
 		s.todo = s.todo[1:]
@@ -128,9 +132,8 @@ func (s *space) idle() (idle, gone bool) {
 	return len(s.todo)+len(s.claimed) == 0, s.gone
 }
 
-// bulk fills one piece, if there is one. The buffer is for the content, of
-// chunkSize bytes.
-func (s *space) bulk(buf []byte) error {
+// bulk fills one piece, if there is one. The window is the caller's.
+func (s *space) bulk(w *window) error {
 	size := uint64(chunkSize)
 	if time.Since(time.Unix(0, s.p.lastFault.Load())) < busyTime {
 		size = busyChunkSize
@@ -139,7 +142,7 @@ func (s *space) bulk(buf []byte) error {
 	if !ok {
 		return nil
 	}
-	err := s.load(c, buf)
+	content, err := s.load(c, w)
 	s.rw.RLock()
 	defer s.rw.RUnlock()
 	if !s.holds(claims) {
@@ -147,20 +150,21 @@ func (s *space) bulk(buf []byte) error {
 	}
 	done := uint64(0)
 	if err == nil {
-		done, _, err = s.fill(c, buf)
+		done, _, err = s.fill(c, content)
 	}
 	s.unclaim(c, done)
 	return err
 }
 
-// load reads the content of a span into the buffer. It stays in the processor's
-// cache, which makes this faster than to map the images: that costs page tables
-// and a fault for every few pages.
-func (s *space) load(c span, buf []byte) error {
-	if _, err := s.src.ReadAt(buf[:c.size], c.off); err != nil {
-		return fmt.Errorf("process %d: content of %#x: %w", s.pid, c.addr, err)
+// load reads the content of a span. It stays in the processor's cache, which
+// makes this faster than to map the images: that costs page tables and a fault
+// for every few pages.
+func (s *space) load(c span, w *window) ([]byte, error) {
+	b, err := w.read(s.src, c.off, int64(c.size))
+	if err != nil {
+		return nil, fmt.Errorf("process %d: content of %#x: %w", s.pid, c.addr, err)
 	}
-	return nil
+	return b, nil
 }
 
 // fill gives a span its content, which the buffer holds, except where there are
@@ -385,10 +389,11 @@ func (s *space) fault(addr uint64) error {
 		return s.zero(addr)
 	}
 	c = c.part(addr, addr+aroundSize)
-	if err := s.load(c, s.p.faultBuf[:]); err != nil {
+	content, err := s.load(c, &s.p.asked)
+	if err != nil {
 		return err
 	}
-	done, copied, err := s.fill(c, s.p.faultBuf[:])
+	done, copied, err := s.fill(c, content)
 	if done > 0 && errors.Is(err, errChanging) {
 		err = nil // at least the page that is waited for is there
 	}
