@@ -158,6 +158,20 @@ events { worker_connections 64; }
 http { access_log off; server { listen 80; add_header X-Worker $pid;
 	location /status { stub_status; } location / { return 200 "hello\n"; } } }`
 
+// memory is a program that holds so many MiB.
+const memory = serve + `
+import sys
+data = bytearray(os.urandom(1 << 20)) * int(sys.argv[1])
+def facts(): return line("same", "instance", instance) + line("same", "told", told[0]) + line("same", "sum", sum(data[::1021]))
+serve(facts)
+`
+
+// holding is a pod with so many MiB in memory.
+func holding(name string, mib int) workload {
+	return workload{name: name, policy: "reboot", containers: []container{{name: "python", image: "python",
+		command: []string{"python3", "-I", "-S", "-c", memory, strconv.Itoa(mib)}}}, ask: askPython, tell: put("http://%s:8080/")}
+}
+
 // kinds is one pod of each kind.
 func kinds() []workload {
 	return []workload{
@@ -194,9 +208,15 @@ func kinds() []workload {
 
 const sharedMount = "    volumeMounts: [{name: shared, mountPath: /shared}]\n"
 
-// workloads is n pods: one of each kind, the rest light ones.
+// workloads is n pods: one of each kind, the rest light ones; or, with MB, so
+// many that hold memory.
 func workloads(t *testing.T, n int) []workload {
 	all := kinds()
+	if mib := envInt(t, "MB", 0); mib > 0 {
+		for i := range all {
+			all[i] = holding(fmt.Sprintf("memory-%d", i), mib)
+		}
+	}
 	if n > 0 && n < len(all) {
 		all = all[:n]
 	}
