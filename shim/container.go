@@ -12,6 +12,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/layer"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 	"github.com/stasis-containers/stasis/pkg/restore"
@@ -80,8 +81,14 @@ type pendingRestore struct {
 	applied []layer.Applied // writable layer and volumes, to be undone before a cold start
 	begun   time.Time
 	verify  time.Duration // that the checksums took
+	phases  []event.Phase
 	// unverified: the blocks of memory are yet to be checked, by the pager.
 	unverified bool
+}
+
+// phase notes how long a part of the restore took.
+func (p *pendingRestore) phase(name string, took time.Duration) {
+	p.phases = append(p.phases, event.Phase{Name: name, Micros: took.Microseconds()})
 }
 
 // deferred are the files that a pager checks as it reads them.

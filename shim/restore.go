@@ -46,6 +46,7 @@ func (s *service) createRestored(ctx context.Context, c *container, rawID string
 	}
 	id = claim.ID() // that of a template may be a newer one
 	p := &pendingRestore{claim: claim, begun: start}
+	p.phase("claim", time.Since(start))
 	if err := s.prepareRestore(ctx, st, c, p); err != nil {
 		return nil, s.refuse(ctx, c, id, p, err)
 	}
@@ -61,6 +62,8 @@ func (s *service) createRestored(ctx context.Context, c *container, rawID string
 
 // createFrom creates the inner object that Start will restore.
 func (s *service) createFrom(ctx context.Context, c *container, p *pendingRestore) (*taskAPI.CreateTaskResponse, error) {
+	begin := time.Now()
+	defer func() { p.phase("create", time.Since(begin)) }()
 	r := proto.CloneOf(c.request)
 	r.Checkpoint = p.plan.ImageDir
 	return s.TTRPCTaskService.Create(ctx, r)
@@ -69,6 +72,7 @@ func (s *service) createFrom(ctx context.Context, c *container, p *pendingRestor
 // prepareRestore checks the claimed checkpoint against the container and lays
 // out what CRIU expects to find. What it did is undone by cleanRestore.
 func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *container, p *pendingRestore) error {
+	begin := time.Now()
 	facts, err := s.hostFacts(ctx)
 	if err != nil {
 		// What is wrong with this file is no fault of the checkpoint, which
@@ -126,9 +130,13 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	if p.plan, err = restore.Prepare(ctx, r); err != nil {
 		return err
 	}
+	p.phase("verify", p.verify)
+	p.phase("prepare", time.Since(begin)-p.verify)
+	begin = time.Now()
 	if err := s.applyLayers(ctx, c, p); err != nil {
 		return err
 	}
+	p.phase("layers", time.Since(begin))
 	if err := s.newGeneration(c); err != nil {
 		return err
 	}
@@ -322,21 +330,30 @@ func readTail(name string, limit int64) ([]byte, error) {
 func (s *service) startRestored(ctx context.Context, c *container, p *pendingRestore, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
 	m := p.claim.Manifest()
 	ctx = withFields(ctx, log.Fields{"checkpoint_id": m.ID})
+	begin := time.Now()
 	lazy := s.beginLazy(ctx, c, p)
+	if lazy != nil {
+		p.phase("pager", time.Since(begin))
+	}
 	var resp *taskAPI.StartResponse
 	var err error
 	if lazy == nil {
 		err = p.verifyAll(ctx)
 	}
-	if err == nil {
+	if begin = time.Now(); err == nil {
 		resp, err = s.TTRPCTaskService.Start(ctx, r)
 	}
 	var end func() // of an exchange
 	if err != nil && lazy != nil && !lazy.ran() && ctx.Err() == nil {
 		p.eager = fmt.Sprintf("a restore with a pager failed: %v", err)
 		log.G(ctx).WithField("reason", p.eager).Warn("restore without a pager")
+		p.phase("runc", time.Since(begin))
+		begin = time.Now()
 		resp, end, err = s.restoreEagerly(ctx, c, p, r)
 		lazy = nil
+		p.phase("eager", time.Since(begin))
+	} else {
+		p.phaseRunc(ctx, c, time.Since(begin))
 	}
 	// A caller that goes away must not leave half of what follows: a checkpoint
 	// that was restored and not consumed would be restored once more, when the
@@ -354,6 +371,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		s.event(ctx, c, event.Event{
 			Type: event.Restored, CheckpointID: m.ID, SizeBytes: m.Sizes.TotalBytes,
 			DurationMicros: time.Since(p.begun).Microseconds(), Reason: p.restoredReason(),
+			Phases:   p.phases,
 			Volatile: m.Template != "", // a template is there as before
 		})
 		if lazy != nil {
@@ -405,6 +423,23 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		return nil, err
 	}
 	return s.TTRPCTaskService.Start(caller, r)
+}
+
+// phaseRunc splits what runc took for a restore by what CRIU says of it.
+func (p *pendingRestore) phaseRunc(ctx context.Context, c *container, took time.Duration) {
+	// containerd makes it a link to a directory that outlives the bundle.
+	work, err := filepath.EvalSymlinks(filepath.Join(c.bundle, "work"))
+	if err == nil {
+		var st criu.RestoreStats
+		if st, err = criu.ReadRestoreStats(work); err == nil {
+			p.phase("criu", min(st.Restore, took))
+			took -= min(st.Restore, took)
+		}
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Debug("no statistics of the restore")
+	}
+	p.phase("runc", took)
 }
 
 // restoredReason is what the event of the restore says.

@@ -178,6 +178,25 @@ func wantNoRecord(t *testing.T, key string) {
 	})
 }
 
+// wantPhases fails unless the restore had these parts, and no more time went by
+// in them than in all.
+func wantPhases(t *testing.T, e event.Event, names ...string) {
+	t.Helper()
+	sum, seen := int64(0), map[string]int64{}
+	for _, p := range e.Phases {
+		seen[p.Name] = p.Micros
+		sum += p.Micros
+	}
+	for _, name := range names {
+		if took, ok := seen[name]; !ok || took < 0 {
+			t.Errorf("phase %q: %d us, of %v", name, took, e.Phases)
+		}
+	}
+	if seen["criu"] == 0 || sum > e.DurationMicros || sum < e.DurationMicros/10 || len(seen) != len(names) {
+		t.Errorf("phases %v of %d us", e.Phases, e.DurationMicros)
+	}
+}
+
 // TestLazyMemory restores programs whose memory is filled while they run
 // already, stops them at once, and restores them again.
 func TestLazyMemory(t *testing.T) {
@@ -190,6 +209,7 @@ func TestLazyMemory(t *testing.T) {
 				p := n.runPod(key, annotate(key))
 				c := p.start("c", "python", command)
 				c.wantLazy()
+				wantPhases(t, wantEvent(t, key, event.Restored, ""), "claim", "prepare", "verify", "layers", "create", "pager", "criu", "runc")
 				if generation == 1 {
 					c.stop(60) // at once
 					wantEvent(t, key, event.Dumped, "")

@@ -55,6 +55,35 @@ func ReadDumpStats(dir string) (DumpStats, error) {
 	}, nil
 }
 
+// RestoreStats is what CRIU says about a restore that succeeded.
+type RestoreStats struct {
+	Forking time.Duration // until all tasks were made
+	Restore time.Duration // the whole, until they ran
+}
+
+// ReadRestoreStats reads the file stats-restore, which CRIU writes into its work
+// directory.
+func ReadRestoreStats(dir string) (RestoreStats, error) {
+	const name = "stats-restore"
+	d, err := openImages(dir)
+	if err != nil {
+		return RestoreStats{}, err
+	}
+	defer d.Close()
+	var e stats.StatsEntry
+	if err := d.one(&e, name, magicService, magicStats); err != nil {
+		return RestoreStats{}, err
+	}
+	s := e.GetRestore()
+	if s == nil {
+		return RestoreStats{}, d.corrupt(name, "no statistics of a restore")
+	}
+	return RestoreStats{
+		Forking: time.Duration(s.GetForkingTime()) * time.Microsecond,
+		Restore: time.Duration(s.GetRestoreTime()) * time.Microsecond,
+	}, nil
+}
+
 // Inventory is what an image directory says about itself. CRIU's own version
 // is not in it: that is recorded in the manifest.
 type Inventory struct {

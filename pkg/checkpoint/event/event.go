@@ -59,9 +59,21 @@ type Event struct {
 	DurationMicros int64               `json:"durationMicros,omitempty"`
 	SizeBytes      int64               `json:"sizeBytes,omitempty"`
 	Timings        *checkpoint.Timings `json:"timings,omitempty"`
+	// Phases are the parts of a restore, one after the other.
+	Phases []Phase `json:"phases,omitempty"`
 	// Volatile: Append does not wait for the disk, for nobody would miss the
 	// event after a power cut.
 	Volatile bool `json:"-"`
+}
+
+// Phase is a part of what the shim did for a restore: "claim" of the checkpoint,
+// "prepare" (checks, images, host facts), "verify" of checksums, "layers", "create"
+// of the inner object, "pager" (with the process that holds its descriptors),
+// "runc" without "criu", which is what CRIU says that it took, and "eager", all of
+// a second try without a pager.
+type Phase struct {
+	Name   string `json:"name"`
+	Micros int64  `json:"micros"`
 }
 
 const maxReason = 2048
