@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -46,7 +47,13 @@ type restoreTimes struct {
 	StartMs []float64 `json:"startMs"`
 	FirstMs []float64 `json:"firstAnswerMs"`
 	AllMs   []float64 `json:"allMemoryMs"`
+	// PhasesMs are the parts of what the shim did, by name, "outside" what
+	// containerd, NRI and the daemon did until StartContainer had returned.
+	PhasesMs map[string][]float64 `json:"phasesMs"`
 }
+
+// phases are those of a restore, see [event.Phase], in their order.
+var phases = []string{"claim", "prepare", "verify", "layers", "create", "pager", "criu", "runc", "outside"}
 
 const answering = `
 import os, socket
@@ -102,7 +109,7 @@ func (c client) restores(ctx context.Context, runs int, sizes string) (r restore
 func (c client) heap(ctx context.Context, runs int, h *heapRestore) (err error) {
 	h.Times = map[checkpoint.Memory]*restoreTimes{}
 	for _, k := range kinds {
-		h.Times[k] = &restoreTimes{}
+		h.Times[k] = &restoreTimes{PhasesMs: map[string][]float64{}}
 	}
 	name := fmt.Sprintf("heap-%d", h.HeapMB)
 	command := []string{"python3", "-c", fmt.Sprintf(answering, h.HeapMB)}
@@ -137,17 +144,24 @@ func (c client) heap(ctx context.Context, runs int, h *heapRestore) (err error) 
 			slices.Reverse(order)
 		}
 		for _, k := range order {
-			start, first, all, err := c.clone(ctx, name, k, command, i)
+			start, first, all, parts, err := c.clone(ctx, name, k, command, i)
 			if err != nil {
 				return fmt.Errorf("%s: %w", k, err)
 			}
 			if t := h.Times[k]; i > 0 {
 				t.StartMs, t.FirstMs, t.AllMs = append(t.StartMs, ms(start)), append(t.FirstMs, ms(first)), append(t.AllMs, ms(all))
+				outside := ms(start)
+				for _, p := range parts {
+					took := float64(p.Micros) / 1e3
+					t.PhasesMs[p.Name] = append(t.PhasesMs[p.Name], took)
+					outside -= took
+				}
+				t.PhasesMs["outside"] = append(t.PhasesMs["outside"], outside)
 			}
 		}
 	}
 	for _, t := range h.Times {
-		for _, v := range [][]float64{t.StartMs, t.FirstMs, t.AllMs} {
+		for _, v := range slices.AppendSeq([][]float64{t.StartMs, t.FirstMs, t.AllMs}, maps.Values(t.PhasesMs)) {
 			slices.Sort(v)
 		}
 	}
@@ -155,46 +169,46 @@ func (c client) heap(ctx context.Context, runs int, h *heapRestore) (err error) 
 }
 
 // clone measures one clone, and fails where it was not restored as wanted.
-func (c client) clone(ctx context.Context, template string, k checkpoint.Memory, command []string, i int) (start, first, all time.Duration, err error) {
+func (c client) clone(ctx context.Context, template string, k checkpoint.Memory, command []string, i int) (start, first, all time.Duration, parts []event.Phase, err error) {
 	uid := fmt.Sprintf("%s-%s-%d", template, k, i)
 	pod, config, err := c.pod(ctx, uid, "stasis", map[string]string{checkpoint.AnnotationTemplate: template, checkpoint.AnnotationMemory: string(k)})
 	if err != nil {
-		return 0, 0, 0, err
+		return 0, 0, 0, nil, err
 	}
 	netns, err := c.netns(ctx, pod)
 	if err != nil {
-		return 0, 0, 0, err
+		return 0, 0, 0, nil, err
 	}
 	begin := time.Now()
 	id, err := c.start(ctx, pod, config, "python", command)
 	if err != nil {
-		return 0, 0, 0, err
+		return 0, 0, 0, nil, err
 	}
 	start = time.Since(begin)
 	at, err := ask(netns, "one")
 	if err != nil {
-		return 0, 0, 0, err
+		return 0, 0, 0, nil, err
 	}
 	first = at.Sub(begin)
 	if at, err = ask(netns, "all"); err != nil {
-		return 0, 0, 0, err
+		return 0, 0, 0, nil, err
 	}
 	all = at.Sub(begin)
 	e, err := last(uid)
 	if err != nil {
-		return 0, 0, 0, err
+		return 0, 0, 0, nil, err
 	}
 	if e.Type != event.Restored {
-		return 0, 0, 0, fmt.Errorf("not restored: %s %s", e.Type, e.Reason)
+		return 0, 0, 0, nil, fmt.Errorf("not restored: %s %s", e.Type, e.Reason)
 	}
 	b, err := os.ReadFile(filepath.Join("/run/containerd/io.containerd.runtime.v2.task/k8s.io", id, "work/restore.log"))
 	if err != nil {
-		return 0, 0, 0, err
+		return 0, 0, 0, nil, err
 	}
 	if lazy := strings.Contains(string(b), "uffd"); lazy != (k == checkpoint.MemoryLazy) {
-		return 0, 0, 0, fmt.Errorf("lazy %v: %s", lazy, e.Reason)
+		return 0, 0, 0, nil, fmt.Errorf("lazy %v: %s", lazy, e.Reason)
 	}
-	return start, first, all, c.removePod(ctx, pod)
+	return start, first, all, e.Phases, c.removePod(ctx, pod)
 }
 
 // ask asks the program in the network namespace and returns the time of its
@@ -282,5 +296,21 @@ func (r restoreReport) print() {
 	}
 	fmt.Fprintf(w, "\tfloor\t%s\t\t\t\n", spread(r.FloorMs))
 	w.Flush()
-	fmt.Printf("ms from CreateContainer on, median (least-greatest) of %d, lazy and eager in turn; floor: a container that sleeps\n", r.Runs)
+	fmt.Println()
+	fmt.Fprintf(w, "heap MB\tmemory\t%s\t\n", strings.Join(phases, "\t"))
+	for _, h := range r.Heaps {
+		for _, k := range kinds {
+			fmt.Fprintf(w, "%d\t%s\t", h.HeapMB, k)
+			for _, name := range phases {
+				v := "-"
+				if took := h.Times[k].PhasesMs[name]; len(took) > 0 {
+					v = fmt.Sprintf("%.1f", median(took))
+				}
+				fmt.Fprintf(w, "%s\t", v)
+			}
+			fmt.Fprintln(w)
+		}
+	}
+	w.Flush()
+	fmt.Printf("ms from CreateContainer on, median (least-greatest) of %d, lazy and eager in turn; floor: a container that sleeps;\nbelow the parts of a start, medians; outside: of containerd, NRI and the daemon\n", r.Runs)
 }
