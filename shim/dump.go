@@ -282,7 +282,7 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, mode
 	}
 	m := s.newManifest(c)
 	if mode.template != "" {
-		m.Template, m.Fingerprint = mode.template, checkpoint.ComputeTemplateFingerprint(c.spec)
+		m.Template = mode.template
 		m.Settings.TCP = checkpoint.TCPClose // no clone has the source's address
 	}
 	if m.Lost, err = s.execs(ctx, c); err != nil {

@@ -114,9 +114,6 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		SwapBytes:   swapBytes(),
 		ImageDir:    filepath.Join(p.stage.Dir(), "restore"),
 	}
-	if m.Template != "" {
-		r.Fingerprint = checkpoint.ComputeTemplateFingerprint(c.spec)
-	}
 	// Only a restart in the same sandbox is the kubelet's answer to a
 	// container that fails; a new sandbox is somebody's wish.
 	if m.Template == "" && m.SandboxID == c.annotations[checkpoint.CRISandboxID] {

@@ -125,7 +125,7 @@ func (s *service) promote(ctx context.Context, id string) (control.Promotion, er
 func (s *service) fits(c *container, m *checkpoint.Manifest) bool {
 	facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile))
 	return err == nil && criu.CheckHost(m.Host, facts) == nil && m.ImageDigest == c.annotations[checkpoint.InternalImageDigest] &&
-		len(m.Fingerprint.Diff(checkpoint.ComputeTemplateFingerprint(c.spec))) == 0
+		len(m.Fingerprint.Diff(c.fingerprint)) == 0
 }
 
 // pruneTemplates removes what the new version replaces; what it cannot remove

@@ -13,7 +13,6 @@ import (
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
@@ -309,7 +308,7 @@ func TestPromote(t *testing.T) {
 	c.annotations[checkpoint.InternalImageDigest] = "sha256:other"
 	second := promote(false)
 	promote(true)
-	c.spec.Process = &specs.Process{Args: []string{"other"}}
+	c.fingerprint = checkpoint.Fingerprint{"args": "other"}
 	promote(false)
 	if all := templatesOf(t, st); len(all) != 1 || all[0].Version == first || all[0].Version == second {
 		t.Errorf("templates %+v", all)

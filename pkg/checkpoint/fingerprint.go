@@ -24,18 +24,6 @@ type Fingerprint map[string]string
 // ignoredEnv are set by the runtime from the pod's name and change with it.
 var ignoredEnv = map[string]bool{"HOSTNAME": true}
 
-// ComputeFingerprint takes the fingerprint of a container's spec.
-func ComputeFingerprint(s *specs.Spec) Fingerprint {
-	return fingerprint(s, func([]string, string) bool { return false })
-}
-
-// ComputeTemplateFingerprint is ComputeFingerprint, except that the variables
-// are left out by which Kubernetes tells a container of the services that there
-// are when its pod begins.
-func ComputeTemplateFingerprint(s *specs.Spec) Fingerprint {
-	return fingerprint(s, serviceLink)
-}
-
 // serviceLink reports whether a variable is one of the group that Kubernetes
 // makes of each service: X_SERVICE_HOST, X_SERVICE_PORT, X_SERVICE_PORT_NAME,
 // and, as Docker had it, X_PORT, X_PORT_80_TCP and X_PORT_80_TCP_PROTO, _PORT
@@ -87,9 +75,10 @@ func isPort(s string) bool {
 	return err == nil
 }
 
-// fingerprint leaves out the variables for which skip, given all of them and
-// one, says so.
-func fingerprint(s *specs.Spec, skip func(env []string, entry string) bool) Fingerprint {
+// ComputeFingerprint takes the fingerprint of a container's spec. The variables
+// do not count by which Kubernetes tells a container of the services that there
+// are when it is created: one that runs on does not learn of newer ones either.
+func ComputeFingerprint(s *specs.Spec) Fingerprint {
 	f := Fingerprint{}
 	put := func(name string, v any) {
 		b, err := json.Marshal(v)
@@ -111,7 +100,7 @@ func fingerprint(s *specs.Spec, skip func(env []string, entry string) bool) Fing
 		var env []string
 		for _, e := range p.Env {
 			name, _, _ := strings.Cut(e, "=")
-			if !ignoredEnv[name] && !skip(p.Env, e) {
+			if !ignoredEnv[name] && !serviceLink(p.Env, e) {
 				env = append(env, e)
 			}
 		}

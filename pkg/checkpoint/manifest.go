@@ -54,8 +54,7 @@ type Manifest struct {
 	Hostname    string `json:"hostname,omitempty"`
 
 	Settings Settings `json:"settings"`
-	// Fingerprint maps each compared part of the spec to a hash of its value;
-	// in a template it is that of [ComputeTemplateFingerprint].
+	// Fingerprint maps each compared part of the spec to a hash of its value.
 	Fingerprint Fingerprint `json:"fingerprint"`
 
 	// Generation counts the dumps of this identity since a cold start, from 1.

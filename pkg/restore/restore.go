@@ -72,8 +72,7 @@ type Request struct {
 	ImageDigest string
 	Spec        *specs.Spec
 	// Fingerprint is of the spec as it was before anything of it was adapted
-	// to stasis; nil takes that of Spec. For a template it is the template
-	// fingerprint.
+	// to stasis; nil takes that of Spec.
 	Fingerprint checkpoint.Fingerprint
 	Settings    checkpoint.Settings
 	Hostname    string // of the pod; empty leaves the recorded one
@@ -214,9 +213,6 @@ func (r *Request) match() error {
 	live := r.Fingerprint
 	if live == nil {
 		live = checkpoint.ComputeFingerprint(r.Spec)
-		if m.Template != "" {
-			live = checkpoint.ComputeTemplateFingerprint(r.Spec)
-		}
 	}
 	if diff := m.Fingerprint.Diff(live); len(diff) > 0 {
 		return fmt.Errorf("spec: differs in %s", strings.Join(diff, ", "))

@@ -110,7 +110,6 @@ func TestPrepareTemplate(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := newRequest(t)
 			r.Manifest.Template, r.Settings.Template, r.Settings.Policy = "shop", "shop", checkpoint.PolicyTemplate
-			r.Manifest.Fingerprint = checkpoint.ComputeTemplateFingerprint(r.Spec)
 			tc.change(r)
 			_, err := Prepare(context.Background(), *r)
 			var refusal *Refusal
