@@ -78,7 +78,7 @@ type pendingRestore struct {
 	plan    *restore.Plan
 	eager   string          // why CRIU reads the memory itself, "" where a pager may fill it
 	fresh   bool            // the writable layer was found empty, as it is to be left
-	applied []layer.Applied // writable layer and volumes, to be undone before a cold start
+	applied []layer.Applied // to the volumes, to be undone before a cold start
 	begun   time.Time
 	verify  time.Duration // that the checksums took
 	phases  []event.Phase

@@ -341,7 +341,7 @@ func (s *service) restoreEagerly(ctx context.Context, c *container, p *pendingRe
 	}
 	end = c.beginExchange()
 	s.publisher.muteDelete(c.id)
-	if err := s.deleteUnstarted(ctx, c.id); err != nil {
+	if err := s.deleteUnstarted(ctx, c); err != nil {
 		s.publisher.drop(c.id) // no event will come
 		end()
 		return nil, nil, err

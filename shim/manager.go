@@ -16,7 +16,6 @@ import (
 	"github.com/containerd/cgroups/v3/cgroup2"
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/process"
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/runc"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -39,11 +38,15 @@ type manager struct{ shim.Shim }
 // `runc delete` would remove every file, and the cgroup, of which it knows only
 // when the restore is done.
 func (m manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
-	if err := errors.Join(release(id), detach(ctx, id)); err != nil {
+	dir, err := bundleOf(id)
+	if err == nil {
+		err = errors.Join(release(id), detach(dir))
+	}
+	if err != nil {
 		log.G(ctx).WithField("container_id", id).WithError(err).Warn("release container of a dead shim")
 	}
 	status, err := m.Shim.Stop(ctx, id)
-	if err := errors.Join(removeCgroup(ctx, id), unmountYards(ctx, id)); err != nil {
+	if err := errors.Join(removeCgroup(ctx, id), unmountYards(ctx, dir)); err != nil {
 		log.G(ctx).WithField("container_id", id).WithError(err).Warn("remove cgroup of a dead shim's container")
 	}
 	return status, err
@@ -52,12 +55,8 @@ func (m manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 // unmountYards unmounts what a CRIU that was killed in a restore has mounted of
 // cgroup version 1 in its work directory (criu/cgroup.c, prepare_cgroup), so that
 // containerd can remove that.
-func unmountYards(ctx context.Context, id string) error {
-	dir, err := bundleOf(id)
-	if err != nil {
-		return err
-	}
-	work, err := filepath.EvalSymlinks(filepath.Join(dir, "work"))
+func unmountYards(ctx context.Context, bundle string) error {
+	work, err := filepath.EvalSymlinks(filepath.Join(bundle, "work"))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -87,23 +86,16 @@ func bundleOf(id string) (string, error) {
 }
 
 // detach unmounts what runc mounts for CRIU (libcontainer/criu_linux.go,
-// criuRestore).
-func detach(ctx context.Context, id string) error {
-	dir, err := bundleOf(id)
-	if err != nil {
-		return err
-	}
-	ns, err := namespaces.NamespaceRequired(ctx)
-	if err != nil {
-		return err
-	}
+// criuRestore). A bundle lies in a directory with the name of its namespace.
+func detach(bundle string) error {
+	ns, id := filepath.Base(filepath.Dir(bundle)), filepath.Base(bundle)
 	root := process.RuncRoot
-	if o, err := runc.ReadOptions(dir); err != nil {
+	if o, err := runc.ReadOptions(bundle); err != nil {
 		return err
 	} else if o != nil && o.Root != "" {
 		root = o.Root
 	}
-	return unmount(filepath.Join(root, ns, filepath.Base(id), "criu-root"))
+	return unmount(filepath.Join(root, ns, id, "criu-root"))
 }
 
 // unmount detaches what is mounted at target, if anything is.

@@ -173,9 +173,8 @@ func (s *service) hostFacts(ctx context.Context) (checkpoint.Host, error) {
 // uses keeps what it holds.
 func (s *service) applyLayers(ctx context.Context, c *container, p *pendingRestore) error {
 	if p.plan.RootfsDiff != "" {
-		applied, err := applyFile(ctx, p.plan.RootfsDiff, c.upper, layer.Options{AllowDevices: true})
-		p.applied = append(p.applied, applied)
-		if err != nil {
+		// Nothing else lies there: cleanRestore empties it.
+		if _, err := applyFile(ctx, p.plan.RootfsDiff, c.upper, layer.Options{AllowDevices: true}); err != nil {
 			return fmt.Errorf("writable layer: %w", err)
 		}
 	}
@@ -398,7 +397,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	if err = nil; end == nil {
 		end = c.beginExchange()
 		s.publisher.muteDelete(c.id)
-		if err = s.deleteUnstarted(ctx, c.id); err != nil {
+		if err = s.deleteUnstarted(ctx, c); err != nil {
 			s.publisher.drop(c.id) // no event will come
 		}
 	}
@@ -454,7 +453,13 @@ func (p *pendingRestore) restoredReason() string {
 
 // deleteUnstarted removes the inner object of a restore that failed. Where runc
 // failed after its processes ran, it does not delete them before they are dead.
-func (s *service) deleteUnstarted(ctx context.Context, id string) error {
+func (s *service) deleteUnstarted(ctx context.Context, c *container) error {
+	id := c.id
+	// A runc that was killed, as with a caller that goes away, has left these; and
+	// one that deletes removes every file that it finds below the first.
+	if err := errors.Join(detach(c.bundle), unmountYards(ctx, c.bundle)); err != nil {
+		return err
+	}
 	_, err := s.TTRPCTaskService.Delete(ctx, &taskAPI.DeleteRequest{ID: id})
 	if err == nil || errdefs.IsNotFound(errgrpc.ToNative(err)) {
 		return err
@@ -492,7 +497,7 @@ func (s *service) killUnstarted(ctx context.Context, c *container, p *pendingRes
 	end := c.beginExchange()
 	defer end()
 	s.publisher.muteDelete(c.id)
-	if err := s.deleteUnstarted(ctx, c.id); err != nil {
+	if err := s.deleteUnstarted(ctx, c); err != nil {
 		s.publisher.drop(c.id) // no event will come
 		s.returnRestore(ctx, c, p, err)
 		return nil, err

@@ -1,0 +1,106 @@
+package integration
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+)
+
+// TestRestoreDeadline starts containers whose caller, as the kubelet on a busy
+// node, gives up in the middle of the restore. runc is killed with the call, and
+// leaves what it has mounted. Nothing of that stays, no start is refused for
+// what could not be undone, and who starts it once more has the container go on,
+// or begin anew for a reason.
+func TestRestoreDeadline(t *testing.T) {
+	n, key := newNode(t), uniqueKey(t)
+	command := shell(`mkdir -p /deep/dir; echo x >/deep/dir/file; ` + counting)
+	outcome := map[string]int{}
+	for i := range 14 {
+		if t.Failed() {
+			break
+		}
+		if len(records(t, key)) == 0 {
+			p := n.runPod(key, annotate(key))
+			c := p.start("c", "busybox", command)
+			c.waitCount(3)
+			c.stop(60)
+			p.remove()
+		}
+		p := n.runPod(key, annotate(key))
+		c, err := p.tryCreate("c", "busybox", command)
+		if err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		ctx, cancel := context.WithTimeout(n.ctx(), time.Duration(20+20*i)*time.Duration(slow)*time.Millisecond)
+		_, err = n.rt.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: c.id})
+		cancel()
+		if err == nil {
+			outcome["in time"]++
+			c.waitCount(3)
+			c.stop(60)
+			p.remove()
+			continue
+		}
+		outcome["given up"]++
+		eventually(t, "end of the container", func() error {
+			if st := c.status(); st.State == cri.ContainerState_CONTAINER_RUNNING || st.State == cri.ContainerState_CONTAINER_CREATED {
+				return fmt.Errorf("state %v", st.State)
+			}
+			return nil
+		})
+		for _, e := range events(t, key) {
+			if e.Time.After(begun) && e.Type == event.RestoreFail {
+				t.Errorf("after %d ms: %s", 20+20*i, e.Reason)
+			}
+		}
+		b, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			if strings.Contains(line, "criu-root") || strings.Contains(line, ".criu.cgyard") {
+				t.Errorf("after %d ms is left: %s", 20+20*i, line)
+			}
+		}
+		p.remove()
+
+		p = n.runPod(key, annotate(key))
+		c = p.start("c", "busybox", command)
+		c.waitCount(1)
+		c.mustExec("test", "-f", "/deep/dir/file")
+		if ns, _ := counts(c.log()); ns[0] == 1 {
+			outcome["anew"]++
+			e := wantOneOf(t, key, event.ColdStart)
+			if e.Reason == "" {
+				t.Error("it began anew without a reason")
+			}
+		} else {
+			outcome["went on"]++
+		}
+		c.stop(60)
+		p.remove()
+	}
+	t.Log(outcome)
+	if outcome["given up"] < 3 {
+		t.Error("hardly a caller gave up")
+	}
+}
+
+// wantOneOf returns the newest event of the type.
+func wantOneOf(t *testing.T, key string, typ event.Type) (last event.Event) {
+	t.Helper()
+	for _, e := range events(t, key) {
+		if e.Type == typ {
+			last = e
+		}
+	}
+	return last
+}
