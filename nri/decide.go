@@ -126,6 +126,9 @@ func decide(pod *api.PodSandbox, c *api.Container, memory checkpoint.Memory, loo
 	if settings.Template != "" {
 		d.Set[checkpoint.InternalTemplate] = settings.Template
 	}
+	if settings.Merge {
+		d.Set[checkpoint.InternalMerge] = "true"
+	}
 	strict := settings.OnFailure == checkpoint.OnFailureFail
 	source, internal := "checkpoint", checkpoint.InternalCheckpointID
 	m, err := (*checkpoint.Manifest)(nil), error(checkpoint.ErrNotFound)

@@ -109,6 +109,9 @@ func TestDecide(t *testing.T) {
 		"memory of the pod": {pod: map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.AnnotationMemory: "eager"}, memory: "lazy", lookup: none,
 			set: with(checkpoint.InternalMemory, "eager")},
 		"memory, reserved": {pod: resume, container: map[string]string{checkpoint.InternalMemory: "lazy"}, memory: "eager", lookup: none, set: with(checkpoint.InternalMemory, "eager")},
+		"merge":            {pod: named(clone, checkpoint.AnnotationMerge, "true"), lookup: never, warm: warm, set: named(shop, checkpoint.InternalMerge, "true", checkpoint.InternalTemplateVersion, string(versionID))},
+		"merge, reserved":  {pod: clone, container: map[string]string{checkpoint.InternalMerge: "true"}, lookup: never, warm: warm, set: named(shop, checkpoint.InternalTemplateVersion, string(versionID)), remove: []string{checkpoint.InternalMerge}},
+		"merge, not valid": {pod: named(clone, checkpoint.AnnotationMerge, "maybe"), lookup: never, events: []string{"ignored/invalid/merge"}},
 		"memory, off":      {memory: "lazy", lookup: never},
 		"settings": {
 			pod: map[string]string{checkpoint.ContainerAnnotation(checkpoint.AnnotationPolicy, "c"): "reboot", checkpoint.AnnotationKey: "db-0",

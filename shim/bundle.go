@@ -104,6 +104,7 @@ func settingsOf(annotations map[string]string) (checkpoint.Settings, error) {
 		checkpoint.AnnotationTCP:       annotations[checkpoint.InternalTCP],
 		checkpoint.AnnotationTemplate:  annotations[checkpoint.InternalTemplate],
 		checkpoint.AnnotationMemory:    annotations[checkpoint.InternalMemory],
+		checkpoint.AnnotationMerge:     annotations[checkpoint.InternalMerge],
 	}, "")
 }
 

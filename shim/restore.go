@@ -112,7 +112,11 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		Hostname:    hostname,
 		Host:        facts,
 		SwapBytes:   swapBytes(),
+		CanMerge:    criu.CanMerge(),
 		ImageDir:    filepath.Join(p.stage.Dir(), "restore"),
+	}
+	if m.Template != "" && c.settings.Merge && !r.CanMerge {
+		log.G(ctx).WithField("reason", "the kernel was built without KSM").Warn("memory is not offered for merging")
 	}
 	// Only a restart in the same sandbox is the kubelet's answer to a
 	// container that fails; a new sandbox is somebody's wish.

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-containers/stasis/nri"
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
 )
@@ -293,7 +294,23 @@ func (d *doctor) checkKernel(context.Context) []finding {
 	} else {
 		fs = append(fs, ok(name, "overlayfs"))
 	}
-	return fs
+	return append(fs, d.checkMerging())
+}
+
+// checkMerging tells of what is the operator's choice, so that nothing is wrong.
+func (d *doctor) checkMerging() finding {
+	const name = "merging"
+	b, err := os.ReadFile(d.path("/sys/kernel/mm/ksm/run"))
+	switch run := strings.TrimSpace(string(b)); {
+	case errors.Is(err, fs.ErrNotExist):
+		return ok(name, "the kernel has no CONFIG_KSM: %s has no effect", checkpoint.AnnotationMerge)
+	case err != nil:
+		return bad(levelWarn, name, "run doctor as root", "%v", err)
+	case run == "1":
+		return ok(name, "KSM is on: clones with %s share memory", checkpoint.AnnotationMerge)
+	default: // 2: it also took apart what it had merged
+		return ok(name, "KSM is off (/sys/kernel/mm/ksm/run is %s): clones with %s share no memory yet", run, checkpoint.AnnotationMerge)
+	}
 }
 
 // containerdConfig is the part of containerd's configuration that matters, in

@@ -360,3 +360,23 @@ func TestMPTCP(t *testing.T) {
 		t.Errorf("mptcp %v, tcp %v, stdin %v", isMPTCP(os.Getpid(), fd), isMPTCP(os.Getpid(), tcp), isMPTCP(os.Getpid(), 0))
 	}
 }
+
+// TestDoctorMerging: whether the kernel merges pages is told, and is no fault.
+func TestDoctorMerging(t *testing.T) {
+	for run, want := range map[string]string{"": "no CONFIG_KSM", "0\n": "KSM is off (/sys/kernel/mm/ksm/run is 0)", "1\n": "KSM is on", "2\n": "KSM is off"} {
+		d := healthyNode(t)
+		if run != "" {
+			writeFile(t, d.path("sys/kernel/mm/ksm/run"), run, 0o644)
+		}
+		found := false
+		for _, f := range d.checkKernel(context.Background()) {
+			found = found || f.Check == "merging" && strings.Contains(f.Detail, want)
+			if f.Level != levelOK {
+				t.Errorf("run is %q: %+v", run, f)
+			}
+		}
+		if !found {
+			t.Errorf("run is %q: nothing tells %q", run, want)
+		}
+	}
+}

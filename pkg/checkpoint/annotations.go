@@ -31,6 +31,10 @@ const (
 	// before it becomes the template that it names, where there is none: a duration
 	// such as "90s", [MinPromoteAfter] to [MaxPromoteAfter].
 	AnnotationPromoteAfter = Prefix + "promote-after"
+	// AnnotationMerge, "true" or "false", says whether a container that begins
+	// from a template offers its memory to the kernel for merging with equal
+	// memory of others (KSM). Default: "false".
+	AnnotationMerge = Prefix + "merge"
 )
 
 // Bounds of [AnnotationPromoteAfter].
@@ -58,7 +62,7 @@ func Known(name string) bool {
 		name = Prefix + own
 	}
 	switch name {
-	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate, AnnotationMemory, AnnotationPromoteAfter:
+	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate, AnnotationMemory, AnnotationPromoteAfter, AnnotationMerge:
 		return true
 	}
 	return false
@@ -103,6 +107,8 @@ const (
 	InternalCheckpointID = InternalPrefix + "checkpoint-id"
 	// InternalTemplate is the resolved name of the template.
 	InternalTemplate = InternalPrefix + "template"
+	// InternalMerge is "true" where [AnnotationMerge] is, and absent else.
+	InternalMerge = InternalPrefix + "merge"
 	// InternalTemplateVersion is the version of the template that the daemon
 	// found. Never beside InternalCheckpointID.
 	InternalTemplateVersion = InternalPrefix + "template-version"
@@ -183,6 +189,8 @@ type Settings struct {
 	// PromoteAfter is how long the container runs before it may become that
 	// template, 0 for never. Only the daemon knows it.
 	PromoteAfter time.Duration `json:"promoteAfter,omitempty"`
+	// Merge: memory that comes from the template is offered for merging.
+	Merge bool `json:"merge,omitempty"`
 }
 
 // OptedIn reports whether stasis acts on the container at all.
@@ -276,6 +284,18 @@ func ParseSettings(annotations map[string]string, container string) (Settings, e
 			return off, fmt.Errorf("annotation %s: %s names no template: %w", AnnotationPromoteAfter, AnnotationTemplate, ErrInvalid)
 		}
 		s.PromoteAfter = d
+	}
+	if v, err = get(AnnotationMerge); err != nil {
+		return off, err
+	}
+	switch {
+	case v == "", v == "false":
+	case v != "true":
+		return off, fmt.Errorf("annotation %s: unknown value %q, want true or false: %w", AnnotationMerge, v, ErrInvalid)
+	case s.Template == "":
+		return off, fmt.Errorf("annotation %s: %s names no template: %w", AnnotationMerge, AnnotationTemplate, ErrInvalid)
+	default:
+		s.Merge = true
 	}
 	if s.Key, err = get(AnnotationKey); err != nil {
 		return off, err

@@ -65,6 +65,11 @@ func TestParseSettings(t *testing.T) {
 		"lazy":                  {map[string]string{p: "resume", "stasis.dev/memory": "lazy"}, with(func(s *checkpoint.Settings) { s.Memory = checkpoint.MemoryLazy }), ""},
 		"container is eager":    {map[string]string{p: "resume", "stasis.dev/memory": "lazy", "memory.stasis.dev/container.app": "eager"}, with(func(s *checkpoint.Settings) { s.Memory = checkpoint.MemoryEager }), ""},
 		"unknown memory":        {map[string]string{p: "resume", "stasis.dev/memory": "on"}, off, "stasis.dev/memory"},
+		"merge":                 {map[string]string{"stasis.dev/template": "shop", "stasis.dev/merge": "true"}, with(func(s *checkpoint.Settings) { s.Policy, s.Template, s.Merge = checkpoint.PolicyTemplate, "shop", true }), ""},
+		"merge, but not this":   {map[string]string{"stasis.dev/template": "shop", "stasis.dev/merge": "true", "merge.stasis.dev/container.app": "false"}, with(func(s *checkpoint.Settings) { s.Policy, s.Template = checkpoint.PolicyTemplate, "shop" }), ""},
+		"no merge, no template": {map[string]string{p: "resume", "stasis.dev/merge": "false"}, full, ""},
+		"merge what":            {map[string]string{p: "resume", "stasis.dev/merge": "true"}, off, "stasis.dev/merge"},
+		"unknown merge":         {map[string]string{"stasis.dev/template": "shop", "stasis.dev/merge": "yes"}, off, "stasis.dev/merge"},
 		"no template here":      {map[string]string{"stasis.dev/template": "shop", "template.stasis.dev/container.app": ""}, off, ""},
 		"oversized, not policy": {map[string]string{"stasis.dev/tcp": strings.Repeat("x", 257)}, off, ""},
 	} {
@@ -158,7 +163,7 @@ func FuzzParseSettings(f *testing.F) {
 // TestContainerAnnotation: the form for one container is a name that Kubernetes
 // accepts: one slash, a DNS subdomain before it, at most 63 bytes after it.
 func TestContainerAnnotation(t *testing.T) {
-	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate, checkpoint.AnnotationMemory, checkpoint.AnnotationPromoteAfter} {
+	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate, checkpoint.AnnotationMemory, checkpoint.AnnotationPromoteAfter, checkpoint.AnnotationMerge} {
 		got := checkpoint.ContainerAnnotation(name, strings.Repeat("c", 53))
 		prefix, rest, _ := strings.Cut(got, "/")
 		if strings.Contains(rest, "/") || len(rest) > 63 || !strings.HasSuffix(prefix, ".stasis.dev") {

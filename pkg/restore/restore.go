@@ -78,6 +78,7 @@ type Request struct {
 	Hostname    string // of the pod; empty leaves the recorded one
 	Host        checkpoint.Host
 	SwapBytes   int64 // that the node has; 0 where none may be used
+	CanMerge    bool  // the node's kernel can merge pages, see [criu.CanMerge]
 
 	// MinUptime is how long a restored container must have lived before it was
 	// dumped again, see [CrashLoop]; 0 accepts all.
@@ -108,8 +109,9 @@ type Volume struct {
 // Prepare checks that a claimed checkpoint fits the container and node, in
 // this order: settings, identity, image digest, fingerprint of the spec, crash
 // loop, memory limit, host, volumes, the checkpoint's files, and the rights of its tasks
-// against the spec. Then it makes the image directory and writes the pod's host
-// name into it. Its error is a *[Refusal].
+// against the spec. Then it makes the image directory and writes into it what
+// this restore is to do otherwise: the pod's host name, and whether memory is
+// merged. Its error is a *[Refusal].
 func Prepare(ctx context.Context, r Request) (*Plan, error) {
 	p, err := prepare(ctx, r)
 	if err == nil {
@@ -181,6 +183,14 @@ func prepare(ctx context.Context, r Request) (*Plan, error) {
 	}
 	if err := criu.RearmTimers(images, r.ImageDir); err != nil {
 		return nil, err
+	}
+	// A clone offers its memory for merging if its own pod wants that, whatever
+	// the source did; what goes on from a checkpoint of its own is as it was.
+	// Where there is no merging CRIU would fail.
+	if m.Template != "" || !r.CanMerge {
+		if err := criu.SetMergeable(images, r.ImageDir, m.Template != "" && r.Settings.Merge && r.CanMerge); err != nil {
+			return nil, err
+		}
 	}
 	if r.Hostname != "" {
 		if err := criu.RewriteHostname(r.ImageDir, r.Hostname); err != nil {

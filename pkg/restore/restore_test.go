@@ -120,6 +120,44 @@ func TestPrepareTemplate(t *testing.T) {
 	}
 }
 
+// TestPrepareMerge: a clone offers its memory for merging where its pod wants it
+// and the kernel can; nothing else does so that did not before.
+func TestPrepareMerge(t *testing.T) {
+	for name, tc := range map[string]struct {
+		template, merge, can bool
+		changed              bool // of the images
+	}{
+		"wanted":          {true, true, true, true},
+		"no KSM":          {true, true, false, false},
+		"not wanted":      {true, false, true, false},
+		"no template":     {false, true, true, false},
+		"nothing of that": {false, false, false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRequest(t)
+			r.CanMerge = tc.can
+			if tc.template {
+				r.Manifest.Template, r.Settings.Template, r.Settings.Policy = "shop", "shop", checkpoint.PolicyTemplate
+				r.Manifest.Fingerprint = checkpoint.ComputeFingerprint(r.Spec)
+			}
+			r.Settings.Merge = tc.merge
+			p, err := Prepare(context.Background(), *r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			names, err := filepath.Glob(filepath.Join(p.ImageDir, "mm-*.img"))
+			if err != nil || len(names) == 0 {
+				t.Fatalf("%v, %v", names, err)
+			}
+			for _, name := range names {
+				if _, err := os.Readlink(name); (err != nil) != tc.changed {
+					t.Errorf("%s: changed: %v, want %v", name, err != nil, tc.changed)
+				}
+			}
+		})
+	}
+}
+
 func TestPrepareRefuses(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(*Request)

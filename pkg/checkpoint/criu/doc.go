@@ -35,6 +35,8 @@
 //     [Report.SysVIPC].
 //   - A periodic timerfd that has expired, and was not read yet, is restored
 //     stopped: see [RearmTimers].
+//   - What was told to madvise about memory is told again, and has to be
+//     accepted: see [SetMergeable].
 //   - The option timeout bounds the stopping of tasks only
 //     (criu/seize.c:collect_pstree).
 package criu
