@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -37,6 +38,9 @@ type settings struct {
 	// Window is in nanoseconds: how long requests are sent after the first answer.
 	Window time.Duration `json:"windowNanos"`
 	Tomcat bool          `json:"tomcat"`
+	// Merge: clones offer their memory for merging, and the kernel is told to merge
+	// while that of clones at once is measured.
+	Merge bool `json:"merge"`
 }
 
 func main() {
@@ -54,12 +58,15 @@ func run() error {
 	flag.IntVar(&s.Rate, "rate", 100, "requests a second after the first answer")
 	flag.DurationVar(&s.Window, "window", 10*time.Second, "how long to send them")
 	flag.BoolVar(&s.Tomcat, "tomcat", true, "measure Tomcat too")
+	flag.BoolVar(&s.Merge, "merge", false, "clones share pages; sets the machine's /sys/kernel/mm/ksm for some time")
 	out := flag.String("o", ".", "directory for bench-jvm.json, .svg and .txt")
 	flag.Parse()
 	if flag.NArg() > 0 || s.Runs < 1 || s.Rate < 1 || s.Rate > 10000 || s.Window < time.Second {
 		return fmt.Errorf("want at least one run, 1 to 10000 requests a second and a window of a second or more")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Hour)
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, 4*time.Hour)
 	defer cancel()
 	n, err := connect()
 	if err != nil {
@@ -215,7 +222,7 @@ func (n *node) service(ctx context.Context, s service, set settings) (*serviceRe
 		if err := cacheIn(t.dir); err != nil {
 			return nil, err
 		}
-		c, err := n.atOnce(ctx, t, count)
+		c, err := n.atOnce(ctx, t, count, set.Merge)
 		if err != nil {
 			return nil, fmt.Errorf("%d clones at once: %w", count, err)
 		}

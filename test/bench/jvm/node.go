@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -261,8 +262,8 @@ func (t *template) remove(ctx context.Context) {
 }
 
 // atOnce starts so many clones at a time, and measures their memory when it no
-// longer grows.
-func (n *node) atOnce(ctx context.Context, t *template, count int) (r atOnceReport, err error) {
+// longer grows, and once more when equal pages have been merged.
+func (n *node) atOnce(ctx context.Context, t *template, count int, merge bool) (r atOnceReport, err error) {
 	r.Clones = count
 	// A clone that shares nothing needs what the template holds.
 	if need, free := int64(count)*t.bytes, meminfo("MemAvailable"); need > free*8/10 {
@@ -276,7 +277,7 @@ func (n *node) atOnce(ctx context.Context, t *template, count int) (r atOnceRepo
 		}
 	}()
 	for range count {
-		p, err := n.pod(ctx, t.service.short, map[string]string{checkpoint.AnnotationTemplate: t.name})
+		p, err := n.pod(ctx, t.service.short, map[string]string{checkpoint.AnnotationTemplate: t.name, checkpoint.AnnotationMerge: strconv.FormatBool(merge)})
 		if err != nil {
 			return r, err
 		}
@@ -301,7 +302,9 @@ func (n *node) atOnce(ctx context.Context, t *template, count int) (r atOnceRepo
 		r.EachMs = append(r.EachMs, timings[i].first)
 		ids = append(ids, timings[i].container)
 	}
-	r.PSSBytes, err = settledPSS(ctx, ids)
+	if r.PSSBytes, err = settledPSS(ctx, ids); err == nil && merge {
+		err = merged(ctx, ids, &r)
+	}
 	return r, err
 }
 
@@ -356,10 +359,11 @@ func settledPSS(ctx context.Context, ids []string) (int64, error) {
 	defer cancel()
 	var last int64
 	for {
-		pss, err := pssOf(ids)
+		m, err := memoryOf(ids)
 		if err != nil {
 			return 0, err
 		}
+		pss := m.pss
 		if pss-last < max(last/100, 1<<20) {
 			return pss, nil
 		}
@@ -372,7 +376,13 @@ func settledPSS(ctx context.Context, ids []string) (int64, error) {
 	}
 }
 
-func pssOf(ids []string) (total int64, err error) {
+// memory is that of some containers, in bytes.
+type memory struct {
+	pss int64 // a page that N processes have counts for an Nth of it
+	ksm int64 // pages that are merged, all of each
+}
+
+func memoryOf(ids []string) (total memory, err error) {
 	found := 0
 	names, _ := filepath.Glob("/proc/[0-9]*/cgroup")
 	for _, name := range names {
@@ -382,13 +392,14 @@ func pssOf(ids []string) (total int64, err error) {
 		}
 		b, err = os.ReadFile(filepath.Join(filepath.Dir(name), "smaps_rollup"))
 		if err != nil {
-			return 0, fmt.Errorf("memory of a clone: %w", err)
+			return total, fmt.Errorf("memory of a clone: %w", err)
 		}
 		found++
-		total += kilobytes(string(b), "Pss")
+		total.pss += kilobytes(string(b), "Pss")
+		total.ksm += kilobytes(string(b), "KSM")
 	}
 	if found < len(ids) {
-		return 0, fmt.Errorf("%d containers have %d processes", len(ids), found)
+		return total, fmt.Errorf("%d containers have %d processes", len(ids), found)
 	}
 	return total, nil
 }
