@@ -26,6 +26,7 @@ import (
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
+	"github.com/stasis-containers/stasis/pkg/restore/pager"
 
 	"github.com/stasis-containers/stasis/nri/eventlog"
 )
@@ -433,6 +434,7 @@ func (s *server) collect(ctx context.Context) {
 	for {
 		s.sweep(ctx)
 		s.gc(ctx)
+		s.sweepHot(ctx)
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
@@ -448,6 +450,20 @@ func (s *server) sweep(ctx context.Context) {
 	}
 	if r.Stages+r.Trash+len(r.Released) > 0 {
 		log.G(ctx).WithFields(log.Fields{"op": "sweep", "stages": r.Stages, "trash": r.Trash, "released": len(r.Released)}).Info("tidied up after processes that died")
+	}
+}
+
+// sweepHot removes what was recorded of clones of templates that are gone.
+func (s *server) sweepHot(ctx context.Context) {
+	err := pager.SweepHot(s.config.RuntimeDir, func() (versions []checkpoint.ID, err error) {
+		ts, err := s.store.Templates(ctx)
+		for _, t := range ts {
+			versions = append(versions, t.Version)
+		}
+		return versions, err
+	})
+	if err != nil && ctx.Err() == nil {
+		log.G(ctx).WithError(err).Error("sweep")
 	}
 }
 

@@ -205,6 +205,7 @@ func (s *service) startPager(ctx context.Context, c *container, p *pendingRestor
 		ImageDir:     filepath.Join(p.claim.Dir(), checkpoint.ImageDir),
 		WorkDir:      work,
 		StallTimeout: stallTimeout,
+		Hot:          s.hot(ctx, p),
 		Keeper:       pager.NewKeeper(l.conn),
 		Blocks:       p.claim.Manifest().Blocks(),
 	})
@@ -286,8 +287,9 @@ func (s *service) follow(ctx context.Context, c *container, l *lazyRestore) {
 		st := l.pager.Stats()
 		log.G(ctx).WithFields(log.Fields{
 			"op": "fill", "duration_ms": st.Filled.Milliseconds(), "size_bytes": st.CopiedBytes,
-			"faults": st.Faults, "verify_ms": p.verify.Milliseconds(), "criu_ms": st.Restored.Milliseconds(),
+			"faults": st.Faults, "hot_ranges": st.HotRanges, "verify_ms": p.verify.Milliseconds(), "criu_ms": st.Restored.Milliseconds(),
 		}).Info("memory is full")
+		s.recordHot(cleanup, l)
 		if err := p.claim.Consume(cleanup); err != nil {
 			log.G(ctx).WithError(err).Error("consume checkpoint")
 		}

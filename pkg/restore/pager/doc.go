@@ -35,4 +35,9 @@
 // what can be in the wrong order, see space. It cannot know the order where
 // memory that never had content is moved away, and memory with content is moved
 // to its place by another thread within the same microseconds.
+//
+// What tasks waited for during one restore is what they will wait for during the
+// next one from the same images: see [Pager.Touched], [Options.Hot] and, for the
+// form in which it is kept, [HotFile]. It orders the bulk and nothing else, so that
+// a wrong record costs some waiting, at most.
 package pager

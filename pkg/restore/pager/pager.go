@@ -36,6 +36,10 @@ type Options struct {
 	// StallTimeout bounds the time in which nothing is filled though something
 	// is to be; default 30 s.
 	StallTimeout time.Duration
+	// Hot is memory that the bulk begins with, see [Pager.Touched]: each process's
+	// in this order, and all processes' before the rest. What is not in the images
+	// is ignored.
+	Hot []Range
 	// Keeper has another process hold every userfaultfd, before anything is read
 	// from it and until its memory is full; nil for none.
 	Keeper *Keeper
@@ -57,6 +61,7 @@ type Stats struct {
 	Faults      uint64
 	Events      uint64 // fork, remap, remove, unmap
 	Processes   int    // whose memory was to be filled, children of fork included
+	HotRanges   int    // of [Options.Hot] that are in the images
 	// Restored is the time from the start to CRIU's last message, Filled from
 	// there until all was full; 0 before.
 	Restored, Filled time.Duration
@@ -94,6 +99,10 @@ type Pager struct {
 	lastFault                              atomic.Int64 // Unix time, ns
 	restoredAt, filledAt                   atomic.Int64 // ns after start
 
+	hotMu       sync.Mutex
+	touched     []Range
+	touchedOnce map[Range]bool
+
 	mu    sync.Mutex
 	cond  sync.Cond // spaces, more work, or the end
 	err   error
@@ -103,6 +112,7 @@ type Pager struct {
 	ready     bool           // CRIU is done: bulk may begin
 	spaces    map[int]*space // by descriptor; those that are not yet full
 	count     int
+	hotRanges int
 	held      []int // descriptors that are only kept
 }
 
@@ -124,7 +134,7 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	}
 	p := &Pager{
 		opt: opt, start: time.Now(), epoll: -1, wake: -1,
-		spaces:   map[int]*space{},
+		spaces: map[int]*space{}, touchedOnce: map[Range]bool{},
 		restored: make(chan struct{}), done: make(chan struct{}),
 	}
 	p.cond.L = &p.mu
@@ -214,7 +224,7 @@ func (p *Pager) Stats() Stats {
 	defer p.mu.Unlock()
 	s := Stats{
 		TotalBytes: p.total, CopiedBytes: p.copied.Load(), ZeroBytes: p.zeroed.Load(),
-		Faults: p.faults.Load(), Events: p.events.Load(), Processes: p.count,
+		Faults: p.faults.Load(), Events: p.events.Load(), Processes: p.count, HotRanges: p.hotRanges,
 		Restored: time.Duration(p.restoredAt.Load()),
 	}
 	if at := time.Duration(p.filledAt.Load()); at > 0 {
@@ -527,16 +537,25 @@ func (p *Pager) fill() {
 	}
 }
 
-// nextSpace waits for a space with something to do; nil at the end.
+// nextSpace waits for a space with something to do, of which one with memory that
+// will be asked for comes first; nil at the end.
 func (p *Pager) nextSpace() *space {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for !p.ended {
 		if p.ready {
+			var next *space
 			for _, s := range p.spaces {
-				if s.unclaimed() {
+				waits, hot := s.waits()
+				if hot {
 					return s
 				}
+				if waits {
+					next = s
+				}
+			}
+			if next != nil {
+				return next
 			}
 		}
 		p.cond.Wait()

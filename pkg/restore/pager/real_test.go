@@ -3,6 +3,7 @@ package pager
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -150,6 +151,85 @@ func TestRealRestore(t *testing.T) {
 	if left, err := filepath.Glob(filepath.Join(p.opt.WorkDir, "*.socket")); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}
+}
+
+// TestRealHot: what tasks wait for is told, and filled first the next time, however
+// much of what is to be filled first is nonsense.
+func TestRealHot(t *testing.T) {
+	tm := dump(t, 64<<20, 1)
+	mem, err := criu.OpenLazyMemory(tm.images)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	task := mem.Tasks[0]
+	within := func(r Range) bool {
+		return r.PID == task.PID && r.Addr%HotSize == 0 && slices.ContainsFunc(task.Runs, func(run criu.LazyRun) bool {
+			return run.Addr < r.Addr+HotSize && run.Addr+run.Size > r.Addr
+		})
+	}
+
+	p := tm.restore(t, Options{pause: 2 * time.Millisecond})
+	if err := ask(t, tm.addresses[0], "verify"); err != nil {
+		t.Error(err)
+	}
+	waitFull(t, p)
+	touched := p.Touched()
+	t.Logf("%d ranges, %+v", len(touched), p.Stats())
+	if len(touched) == 0 || uint64(len(touched)) > p.Stats().Faults || p.Stats().HotRanges != 0 {
+		t.Errorf("%d ranges, %+v", len(touched), p.Stats())
+	}
+	for i, r := range touched {
+		if !within(r) || slices.Contains(touched[:i], r) {
+			t.Errorf("range %d, %+v", i, r)
+		}
+	}
+	tm.kill(t)
+
+	// The end of the large memory first, which comes late by address.
+	end := uint64(0)
+	for _, r := range task.Runs {
+		if r.Size >= 1<<20 {
+			end = (r.Addr + r.Size) &^ (HotSize - 1)
+		}
+	}
+	var hot []Range
+	for i := range uint64(8) {
+		hot = append(hot, Range{task.PID, end - (8-i)*HotSize})
+	}
+	nonsense := []Range{{task.PID + 1, hot[0].Addr}, {task.PID, 1 << 62}, {task.PID, hot[0].Addr + pageSize}, {}, hot[0]}
+	p = tm.restore(t, Options{pause: 20 * time.Millisecond, Threads: 1, Hot: append(nonsense, hot...)})
+	deadline := time.Now().Add(20 * time.Second)
+	for _, r := range hot {
+		for !present(t, tm.pid, r.Addr) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%#x is not there", r.Addr)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	s := p.Stats()
+	if s.CopiedBytes > s.TotalBytes/4 || s.HotRanges != len(hot) {
+		t.Errorf("%+v when all of %d hot ranges are there", s, len(hot))
+	}
+	waitFull(t, p)
+	if err := ask(t, tm.addresses[0], "verify"); err != nil {
+		t.Error(err)
+	}
+}
+
+// present tells whether a process has a page at an address.
+func present(t *testing.T, pid int, addr uint64) bool {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var b [8]byte
+	if _, err := f.ReadAt(b[:], int64(addr/pageSize*8)); err != nil {
+		t.Fatal(err)
+	}
+	return binary.NativeEndian.Uint64(b[:])>>63 == 1
 }
 
 // TestRealStress changes memory in all ways while it is being filled.

@@ -149,7 +149,11 @@ func (p *Pager) receiveAll(conn *net.UnixConn) error {
 		for _, r := range t.Runs {
 			s.spans = append(s.spans, span{addr: r.Addr, size: r.Size, off: r.Off, notInherited: r.NotInherited})
 		}
-		s.todo = append(s.todo, s.spans...)
+		var hot int
+		s.todo, hot = hotFirst(s.spans, t.PID, p.opt.Hot)
+		p.mu.Lock()
+		p.hotRanges += hot
+		p.mu.Unlock()
 		p.unhold(fd)
 		if err := p.add(s); err != nil {
 			return err

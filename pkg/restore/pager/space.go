@@ -114,9 +114,16 @@ func (s *space) revoke() {
 }
 
 func (s *space) unclaimed() bool {
+	waits, _ := s.waits()
+	return waits
+}
+
+// waits tells whether there is something that the bulk has not yet looked at, and
+// whether it is hot.
+func (s *space) waits() (waits, hot bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.todo) > 0
+	return len(s.todo) > 0, len(s.todo) > 0 && s.todo[0].hot
 }
 
 func (s *space) setGone() {
@@ -388,6 +395,7 @@ func (s *space) fault(addr uint64) error {
 	if !ok {
 		return s.zero(addr)
 	}
+	s.p.touch(s.pid, addr)
 	c = c.part(addr, addr+aroundSize)
 	content, err := s.load(c, &s.p.asked)
 	if err != nil {

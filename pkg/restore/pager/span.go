@@ -13,6 +13,7 @@ type span struct {
 	epoch        uint32 // in which mremap moved it here; 0 for never
 	doubtful     bool   // perhaps not there any more
 	notInherited bool   // by a child of fork
+	hot          bool   // to be filled first; in todo only
 }
 
 func (s span) end() uint64 { return s.addr + s.size }

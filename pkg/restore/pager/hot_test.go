@@ -1,0 +1,240 @@
+package pager
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+)
+
+// TestHotFirst: whatever the ranges are, all memory is there once, in pieces of
+// the spans that there were; what lies in the ranges comes first, in their order.
+func TestHotFirst(t *testing.T) {
+	const pid, blocks = 7, 12
+	r := rand.New(rand.NewPCG(3, 4))
+	for range 2000 {
+		var spans []span
+		for addr, off := r.Uint64N(HotSize)&^(pageSize-1), int64(0); addr < blocks*HotSize; {
+			c := span{addr: addr, size: (1 + r.Uint64N(40)) * pageSize, off: off, notInherited: r.IntN(2) == 0}
+			spans = append(spans, c)
+			addr, off = c.end()+r.Uint64N(30)*pageSize, off+int64(c.size)
+		}
+		var hot []Range
+		for range r.IntN(8) {
+			hot = append(hot, Range{pid, r.Uint64N(blocks+4) * HotSize}, Range{pid + 1, r.Uint64N(blocks) * HotSize})
+			if r.IntN(4) == 0 { // nonsense
+				hot = append(hot, Range{pid, 1 + r.Uint64N(HotSize-1)}, Range{pid, math.MaxUint64 - HotSize + 1}, Range{pid, math.MaxUint64}, Range{})
+			}
+		}
+		got, used := hotFirst(slices.Clone(spans), pid, hot)
+
+		if !maps.Equal(modelOf(t, got), modelOf(t, spans)) {
+			t.Fatalf("%+v became %+v", spans, got)
+		}
+		rank, wantUsed := map[uint64]int{}, 0
+		for i, h := range hot {
+			if _, twice := rank[h.Addr]; h.PID != pid || h.Addr%HotSize != 0 || twice {
+				continue
+			}
+			if slices.ContainsFunc(spans, func(s span) bool { return s.addr < h.Addr+HotSize && s.end() > h.Addr }) {
+				rank[h.Addr] = i
+				wantUsed++
+			}
+		}
+		if used != wantUsed {
+			t.Fatalf("%d ranges used, want %d", used, wantUsed)
+		}
+		var order []int
+		var cold []uint64
+		for _, c := range got {
+			i := slices.IndexFunc(spans, func(s span) bool { return s.addr <= c.addr && s.end() >= c.end() && s.notInherited == c.notInherited })
+			if i < 0 {
+				t.Fatalf("%+v crosses the border of a span", c)
+			}
+			for addr := c.addr; addr < c.end(); addr += pageSize {
+				at, isHot := rank[addr&^(HotSize-1)]
+				if isHot != c.hot {
+					t.Fatalf("%#x in %+v: hot is %v", addr, c, isHot)
+				}
+				if isHot {
+					order = append(order, at)
+				} else {
+					cold = append(cold, addr)
+				}
+			}
+			if c.hot && len(cold) > 0 {
+				t.Fatalf("%+v comes after what is not hot", c)
+			}
+		}
+		if !slices.IsSorted(order) || !slices.IsSorted(cold) {
+			t.Fatalf("order %v, rest %#x", order, cold)
+		}
+	}
+}
+
+// TestHotSpace: a space with hot memory is filled before others.
+func TestHotSpace(t *testing.T) {
+	p := &Pager{ready: true, spaces: map[int]*space{}}
+	for i := range 20 {
+		p.spaces[i] = &space{p: p, fd: i, todo: []span{{addr: 1 << 20, size: HotSize}}}
+	}
+	p.spaces[13].todo[0].hot = true
+	if s := p.nextSpace(); s.fd != 13 {
+		t.Errorf("space %d comes first", s.fd)
+	}
+	p.spaces[13].todo = nil
+	if s := p.nextSpace(); s.fd == 13 {
+		t.Error("a space with nothing to do")
+	}
+}
+
+// TestTouched: each range once, in the order of the first time, and not too many.
+func TestTouched(t *testing.T) {
+	p := &Pager{touchedOnce: map[Range]bool{}}
+	for _, addr := range []uint64{5 * HotSize, 2*HotSize + pageSize, 5*HotSize + 3*pageSize, HotSize - pageSize} {
+		p.touch(9, addr)
+	}
+	if want := []Range{{9, 5 * HotSize}, {9, 2 * HotSize}, {9, 0}}; !slices.Equal(p.Touched(), want) {
+		t.Errorf("%v, want %v", p.Touched(), want)
+	}
+	for i := range uint64(MaxHot + 10) {
+		p.touch(10, i*HotSize)
+	}
+	if n := len(p.Touched()); n != MaxHot {
+		t.Errorf("%d ranges", n)
+	}
+}
+
+// TestHotRecord: what clones ask for is added to the record, up to its bound, and
+// only then is anything written.
+func TestHotRecord(t *testing.T) {
+	runtime := t.TempDir()
+	name := HotFile(runtime, "version")
+	if ranges, err := ReadHot(name); err != nil || len(ranges) != 0 {
+		t.Fatalf("without a record: %v, %v", ranges, err)
+	}
+	first := []Range{{2, 3 * HotSize}, {1, 1 << 47}, {2, 0}}
+	add := func(ranges []Range, want []Range) {
+		t.Helper()
+		if err := AddHot(name, ranges); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := ReadHot(name); err != nil || !slices.Equal(got, want) {
+			t.Fatalf("%v, %v, want %v", got, err, want)
+		}
+	}
+	add(first, first)
+	for path, want := range map[string]os.FileMode{name: 0o600, filepath.Dir(name): os.ModeDir | 0o700} {
+		if fi, err := os.Lstat(path); err != nil || fi.Mode() != want {
+			t.Errorf("%s: %v, %v", path, fi.Mode(), err)
+		}
+	}
+	before, err := os.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	add([]Range{{2, 0}, {2, 3 * HotSize}}, first)
+	if after, err := os.Stat(name); err != nil || !os.SameFile(before, after) {
+		t.Errorf("it was written again for nothing: %v", err)
+	}
+	second := append(first, Range{1, HotSize})
+	add([]Range{{1, 1 << 47}, {1, HotSize}, {1, 5}, {0, HotSize}}, second)
+
+	many := slices.Clone(second)
+	for i := uint64(0); len(many) < MaxHot; i++ {
+		many = append(many, Range{3, math.MaxUint64 - HotSize + 1 - (i+1)*HotSize})
+	}
+	add(append(slices.Clone(many), Range{4, 0}), many)
+	if entries, err := os.ReadDir(filepath.Dir(name)); err != nil || len(entries) != 1 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+
+	for what, make := range map[string]func() error{
+		"empty":        func() error { return os.WriteFile(name, nil, 0o600) },
+		"another head": func() error { return os.WriteFile(name, []byte("stasis-hot 2\n1 0x0\n"), 0o600) },
+		"not aligned":  func() error { return os.WriteFile(name, []byte(hotHead+"1 0x1000\n"), 0o600) },
+		"too long":     func() error { return os.WriteFile(name, append([]byte(hotHead), make([]byte, hotLimit)...), 0o600) },
+		"a directory":  func() error { return os.Mkdir(name, 0o700) },
+		"a FIFO":       func() error { return syscall.Mkfifo(name, 0o600) },
+	} {
+		if err := os.RemoveAll(name); err != nil {
+			t.Fatal(err)
+		}
+		if err := make(); err != nil {
+			t.Fatal(err)
+		}
+		if ranges, err := ReadHot(name); len(ranges) != 0 || !errors.Is(err, checkpoint.ErrCorrupt) {
+			t.Errorf("%s: %v, %v", what, ranges, err)
+		}
+		if what != "a directory" { // which nobody makes there
+			add(first, first)
+		}
+	}
+	other := filepath.Join(runtime, "other")
+	err = errors.Join(os.RemoveAll(name), os.WriteFile(other, []byte(hotHead+"1 0x0\n"), 0o600), os.Symlink(other, name))
+	if ranges, rerr := ReadHot(name); err != nil || len(ranges) != 0 || rerr == nil {
+		t.Errorf("a link: %v, %v, %v", ranges, rerr, err)
+	}
+}
+
+func TestSweepHot(t *testing.T) {
+	runtime := t.TempDir()
+	none := func() ([]checkpoint.ID, error) { return nil, errors.New("asked for nothing") }
+	if err := SweepHot(runtime, none); err != nil {
+		t.Error(err)
+	}
+	for _, id := range []checkpoint.ID{"a", "b", "c"} {
+		if err := AddHot(HotFile(runtime, id), []Range{{1, 0}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(runtime, hotDir, ".new-1"), nil, 0o600); err != nil { // of a shim that died
+		t.Fatal(err)
+	}
+	if err := SweepHot(runtime, none); err == nil {
+		t.Error("no list of versions is no error")
+	}
+	if err := SweepHot(runtime, func() ([]checkpoint.ID, error) { return []checkpoint.ID{"b", "d"}, nil }); err != nil {
+		t.Fatal(err)
+	}
+	if entries, err := os.ReadDir(filepath.Join(runtime, hotDir)); err != nil || len(entries) != 1 || entries[0].Name() != "b" {
+		t.Errorf("%v, %v", entries, err)
+	}
+}
+
+// FuzzHot: what is read is within the bounds, and is what is written again.
+func FuzzHot(f *testing.F) {
+	f.Add(hotHead + "1 0x10000\n4294967295 0xfffffffffffe0000\n")
+	f.Add(hotHead + "1 0x10000")
+	f.Add(hotHead + "-1 0x0\n")
+	f.Add(hotHead + "1 0x0 1\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		ranges, err := parseHot([]byte(text))
+		if err != nil {
+			if !errors.Is(err, checkpoint.ErrCorrupt) || ranges != nil {
+				t.Errorf("%v, %v", ranges, err)
+			}
+			return
+		}
+		var b strings.Builder
+		b.WriteString(hotHead)
+		for _, r := range ranges {
+			if !r.valid() {
+				t.Errorf("range %+v", r)
+			}
+			fmt.Fprintf(&b, "%d %#x\n", r.PID, r.Addr)
+		}
+		if len(ranges) > MaxHot || strings.TrimSuffix(b.String(), "\n") != strings.TrimSuffix(strings.ReplaceAll(text, "\r\n", "\n"), "\n") {
+			t.Errorf("%q was read as %q", text, b.String())
+		}
+	})
+}

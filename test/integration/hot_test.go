@@ -1,0 +1,127 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/restore/pager"
+)
+
+const runtimeDir = "/run/stasis"
+
+var fullLine = regexp.MustCompile(`(faults|hot_ranges)=(\d+)`)
+
+// waitFull waits for the shim's line that the container's memory is full, and
+// returns what it tells.
+func (c *ctr) waitFull() (faults, hotRanges int) {
+	c.p.n.t.Helper()
+	eventually(c.p.n.t, "the shim's line that memory is full", func() error {
+		b, err := os.ReadFile("/var/log/containerd.log")
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(string(b)) {
+			if !strings.Contains(line, `msg="memory is full"`) || !strings.Contains(line, "container_id="+c.id) {
+				continue
+			}
+			values := map[string]int{}
+			for _, m := range fullLine.FindAllStringSubmatch(line, -1) {
+				values[m[1]], _ = strconv.Atoi(m[2])
+			}
+			faults, hotRanges = values["faults"], values["hot_ranges"]
+			return nil
+		}
+		return fmt.Errorf("none of container %s", c.id)
+	})
+	return faults, hotRanges
+}
+
+// TestHotMemory: what a clone asks for before its memory is full is recorded and
+// filled first in the next one, until the version is gone. A record that is none
+// does no harm, and what is restored only once has none.
+func TestHotMemory(t *testing.T) {
+	n, name, key := newNode(t), uniqueKey(t), uniqueKey(t)
+	removeTemplate(t, name)
+	command := patterned(200, 1, false, "marker-"+key)
+	src := n.runPod(name, map[string]string{checkpoint.AnnotationPolicy: "template"}).start("c", "python", command)
+	before := src.waitRounds(1)
+	version := src.makeTemplate(t, name)
+	src.p.remove()
+	file := pager.HotFile(runtimeDir, checkpoint.ID(version))
+	clone := func() (hotRanges int) {
+		t.Helper()
+		c := clonePod(n, name).start("c", "python", command)
+		c.wantLazy()
+		c.wantGoesOn(before)
+		faults, hotRanges := c.waitFull()
+		c.p.remove()
+		t.Logf("%d faults, %d hot ranges", faults, hotRanges)
+		return hotRanges
+	}
+	recorded := func() []pager.Range {
+		t.Helper()
+		var ranges []pager.Range
+		eventually(t, "a record", func() (err error) { // it is written after the line
+			if ranges, err = pager.ReadHot(file); err == nil && len(ranges) == 0 {
+				err = fmt.Errorf("nothing at %s", file)
+			}
+			return err
+		})
+		return ranges
+	}
+
+	if n := clone(); n != 0 {
+		t.Errorf("the first clone has %d hot ranges", n)
+	}
+	first := recorded()
+	if n := clone(); n != len(first) {
+		t.Errorf("%d hot ranges, %d are recorded", n, len(first))
+	}
+	second := recorded()
+	if len(second) < len(first) || !slices.Equal(second[:len(first)], first) {
+		t.Errorf("recorded: %v, before %v", second, first)
+	}
+	for path, want := range map[string]os.FileMode{file: 0o600, filepath.Dir(file): os.ModeDir | 0o700} {
+		if fi, err := os.Lstat(path); err != nil || fi.Mode() != want {
+			t.Errorf("%s: %v, %v", path, fi, err)
+		}
+	}
+
+	if err := os.WriteFile(file, []byte("nonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if n := clone(); n != 0 {
+		t.Errorf("%d hot ranges of nonsense", n)
+	}
+	recorded()
+
+	dumped(t, n, key, command, 1)
+	c := n.runPod(key, annotate(key)).start("c", "python", command)
+	c.wantLazy()
+	c.waitFull()
+	wantNoRecord(t, key)
+	c.p.remove()
+	if entries, err := os.ReadDir(filepath.Dir(file)); err != nil || len(entries) != 1 {
+		t.Errorf("records %v, %v", entries, err)
+	}
+
+	restart(t, "stasisd") // it tidies up when it starts
+	run(t, "stasis", "template", "verify", "default/"+name)
+	run(t, "stasis", "template", "rm", "default/"+name)
+	recorded()
+	restart(t, "stasisd")
+	eventually(t, "end of the record", func() error {
+		if _, err := os.Lstat(file); !os.IsNotExist(err) {
+			return fmt.Errorf("it is there: %v", err)
+		}
+		return nil
+	})
+	wantNoneLeft(t, "marker-"+key)
+}
