@@ -129,6 +129,9 @@ func decide(pod *api.PodSandbox, c *api.Container, memory checkpoint.Memory, loo
 	if settings.Merge {
 		d.Set[checkpoint.InternalMerge] = "true"
 	}
+	if settings.AfterRestore != "" {
+		d.Set[checkpoint.InternalAfterRestore] = settings.AfterRestore
+	}
 	strict := settings.OnFailure == checkpoint.OnFailureFail
 	source, internal := "checkpoint", checkpoint.InternalCheckpointID
 	m, err := (*checkpoint.Manifest)(nil), error(checkpoint.ErrNotFound)

@@ -112,7 +112,12 @@ func TestDecide(t *testing.T) {
 		"merge":            {pod: named(clone, checkpoint.AnnotationMerge, "true"), lookup: never, warm: warm, set: named(shop, checkpoint.InternalMerge, "true", checkpoint.InternalTemplateVersion, string(versionID))},
 		"merge, reserved":  {pod: clone, container: map[string]string{checkpoint.InternalMerge: "true"}, lookup: never, warm: warm, set: named(shop, checkpoint.InternalTemplateVersion, string(versionID)), remove: []string{checkpoint.InternalMerge}},
 		"merge, not valid": {pod: named(clone, checkpoint.AnnotationMerge, "maybe"), lookup: never, events: []string{"ignored/invalid/merge"}},
-		"memory, off":      {memory: "lazy", lookup: never},
+		"hook": {pod: map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.ContainerAnnotation(checkpoint.AnnotationAfterRestore, "c"): "exec reseed"}, lookup: none,
+			set: with(checkpoint.InternalAfterRestore, "exec reseed")},
+		"hook, reserved": {pod: resume, container: map[string]string{checkpoint.InternalAfterRestore: "exec evil"}, lookup: none, set: optedIn, remove: []string{checkpoint.InternalAfterRestore}},
+		"bad hook": {pod: map[string]string{checkpoint.AnnotationPolicy: "resume", checkpoint.AnnotationAfterRestore: "signal SIGTERM"}, lookup: never,
+			events: []string{"ignored/invalid/" + checkpoint.AnnotationAfterRestore}},
+		"memory, off": {memory: "lazy", lookup: never},
 		"settings": {
 			pod: map[string]string{checkpoint.ContainerAnnotation(checkpoint.AnnotationPolicy, "c"): "reboot", checkpoint.AnnotationKey: "db-0",
 				checkpoint.AnnotationOnFailure: "fail", checkpoint.AnnotationTCP: "keep"},

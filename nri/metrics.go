@@ -31,7 +31,7 @@ type metrics struct {
 
 // reasonCodes are those of package event: a label must not grow without bound.
 var reasonCodes = []string{"missing", "corrupt", "mismatch", "incompatible", "criu", "no-space", "busy",
-	"unsupported", "timeout", "aborted", "invalid", "crash-loop", "memory-limit", "pager", "missed", "internal"}
+	"unsupported", "timeout", "aborted", "invalid", "crash-loop", "memory-limit", "pager", "hook", "missed", "internal"}
 
 func newMetrics(version string) *metrics {
 	counter := func(name, help string, labels ...string) *prometheus.CounterVec {

@@ -98,13 +98,14 @@ func identityOf(annotations map[string]string) (checkpoint.Identity, error) {
 // the daemon never writes them.
 func settingsOf(annotations map[string]string) (checkpoint.Settings, error) {
 	return checkpoint.ParseSettings(map[string]string{
-		checkpoint.AnnotationPolicy:    annotations[checkpoint.InternalPolicy],
-		checkpoint.AnnotationKey:       annotations[checkpoint.InternalKey],
-		checkpoint.AnnotationOnFailure: annotations[checkpoint.InternalOnFailure],
-		checkpoint.AnnotationTCP:       annotations[checkpoint.InternalTCP],
-		checkpoint.AnnotationTemplate:  annotations[checkpoint.InternalTemplate],
-		checkpoint.AnnotationMemory:    annotations[checkpoint.InternalMemory],
-		checkpoint.AnnotationMerge:     annotations[checkpoint.InternalMerge],
+		checkpoint.AnnotationPolicy:       annotations[checkpoint.InternalPolicy],
+		checkpoint.AnnotationKey:          annotations[checkpoint.InternalKey],
+		checkpoint.AnnotationOnFailure:    annotations[checkpoint.InternalOnFailure],
+		checkpoint.AnnotationTCP:          annotations[checkpoint.InternalTCP],
+		checkpoint.AnnotationTemplate:     annotations[checkpoint.InternalTemplate],
+		checkpoint.AnnotationMemory:       annotations[checkpoint.InternalMemory],
+		checkpoint.AnnotationAfterRestore: annotations[checkpoint.InternalAfterRestore],
+		checkpoint.AnnotationMerge:        annotations[checkpoint.InternalMerge],
 	}, "")
 }
 

@@ -20,6 +20,9 @@ type Config struct {
 	MinUptime time.Duration
 	// FactsTimeout is how long a restore waits for the daemon's host facts.
 	FactsTimeout time.Duration
+	// HookTimeout bounds the hook after a restore, during which the container
+	// does not count as started.
+	HookTimeout time.Duration
 	// CleanupTimeout bounds every rollback: thaw, signal, removal of a stage.
 	CleanupTimeout time.Duration
 }
@@ -35,6 +38,7 @@ func DefaultConfig() Config {
 		MinFreeBytes:   64 << 20,
 		MinUptime:      10 * time.Second,
 		FactsTimeout:   20 * time.Second,
+		HookTimeout:    10 * time.Second,
 		CleanupTimeout: 30 * time.Second,
 	}
 }

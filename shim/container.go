@@ -53,8 +53,10 @@ type container struct {
 	prepare   *dumpJob  // of a preparation for a reboot or of a template, set while busy is one of its operations
 	signalled time.Time // when a signal was last delivered without a dump
 	// settled is closed while the inner service has the container; it is open
-	// during the exchange of a failed restore for a cold start.
-	settled chan struct{}
+	// during the exchange of a failed restore for a cold start, and while there
+	// may be one.
+	settled   chan struct{}
+	exchanges int // that are in progress, one within the other
 	// replaced is closed when the inner object that waiters hang on goes away.
 	replaced chan struct{}
 }
@@ -84,6 +86,8 @@ type pendingRestore struct {
 	phases  []event.Phase
 	// unverified: the blocks of memory are yet to be checked, by the pager.
 	unverified bool
+	hook       time.Duration // that the hook took, 0 without one
+	ran        bool          // the container's tasks have run, and it is gone
 }
 
 // phase notes how long a part of the restore took.
@@ -256,15 +260,23 @@ func (c *container) waitWhile(ctx context.Context, ops ...string) error {
 }
 
 // beginExchange makes calls wait and waiters look again; the returned function
-// ends it.
+// ends it. An exchange may be part of another one, and calls wait for the end of
+// both.
 func (c *container) beginExchange() (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	settled := make(chan struct{})
-	c.settled = settled
+	if c.exchanges++; c.exchanges == 1 {
+		c.settled = make(chan struct{})
+	}
 	close(c.replaced)
 	c.replaced = make(chan struct{})
-	return func() { close(settled) }
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.exchanges--; c.exchanges == 0 {
+			close(c.settled)
+		}
+	}
 }
 
 // waitSettled returns when the inner service has the container, and the channel

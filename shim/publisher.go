@@ -11,13 +11,20 @@ import (
 
 // publisher stands between the inner service and containerd. When a failed
 // restore is replaced by a cold start the inner service deletes one object and
-// makes another; containerd must not hear of the deletion, for to it the task
-// is the same.
+// makes another; containerd must not hear of the deletion, nor of the exit where
+// the one had run, for to it the task is the same.
 type publisher struct {
 	shim.Publisher
 
 	mu    sync.Mutex
-	muted map[string]int // container id -> TaskDelete events still to be dropped, guarded by mu
+	muted map[string]int    // container id -> TaskDelete events still to be dropped, guarded by mu
+	exits map[exit]struct{} // TaskExit events still to be dropped, guarded by mu
+}
+
+// exit is that of a container's first process.
+type exit struct {
+	id  string
+	pid uint32
 }
 
 func (p *publisher) muteDelete(id string) {
@@ -29,8 +36,30 @@ func (p *publisher) muteDelete(id string) {
 	p.muted[id]++
 }
 
+// muteExit drops the exit of a container whose first process has, or had, the pid.
+func (p *publisher) muteExit(id string, pid uint32) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.exits == nil {
+		p.exits = make(map[exit]struct{})
+	}
+	p.exits[exit{id, pid}] = struct{}{}
+}
+
+func (p *publisher) dropExit(e *apievents.TaskExit) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	key := exit{e.ContainerID, e.Pid}
+	_, ok := p.exits[key]
+	delete(p.exits, key)
+	return ok
+}
+
 func (p *publisher) Publish(ctx context.Context, topic string, e events.Event) error {
 	if d, ok := e.(*apievents.TaskDelete); ok && p.drop(d.ContainerID) {
+		return nil
+	}
+	if x, ok := e.(*apievents.TaskExit); ok && x.ID == x.ContainerID && p.dropExit(x) {
 		return nil
 	}
 	return p.Publisher.Publish(ctx, topic, e)

@@ -215,10 +215,16 @@ func applyFile(ctx context.Context, name, dir string, opt layer.Options) (layer.
 
 // cleanRestore undoes what prepareRestore did to the pod, so that a cold start
 // finds what it would have found without a checkpoint.
-func (s *service) cleanRestore(c *container, p *pendingRestore) error {
+func (s *service) cleanRestore(ctx context.Context, c *container, p *pendingRestore) error {
 	var errs []error
 	for _, a := range p.applied {
-		errs = append(errs, a.Undo())
+		err := a.Undo()
+		if p.ran && err != nil {
+			// What a container has left in a volume its successor finds, as ever.
+			log.G(ctx).WithError(err).Warn("what the restored container has changed stays")
+			err = nil
+		}
+		errs = append(errs, err)
 	}
 	p.applied = nil
 	if p.fresh {
@@ -258,7 +264,7 @@ func (s *service) refuse(ctx context.Context, c *container, id checkpoint.ID, p 
 	defer cancel()
 	var undone error
 	if p != nil {
-		undone = s.cleanRestore(c, p)
+		undone = s.cleanRestore(cleanup, c, p)
 		s.setAside(cleanup, c, p, code, err)
 	}
 	if undone != nil {
@@ -287,7 +293,7 @@ func (s *service) setAside(ctx context.Context, c *container, p *pendingRestore,
 	var err error
 	fatal := code == "corrupt"
 	switch code {
-	case "incompatible", "crash-loop", "criu", "pager":
+	case "incompatible", "crash-loop", "criu", "pager", "hook":
 		fatal = p.claim.Manifest().Template == ""
 	}
 	switch {
@@ -325,11 +331,18 @@ func readTail(name string, limit int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, limit))
 }
 
-// startRestored lets runc restore, and starts the container cold where that
-// fails and the pod does not ask for strictness.
+// startRestored lets runc restore and runs the hook, and starts the container
+// cold where one of them fails and the pod does not ask for strictness.
 func (s *service) startRestored(ctx context.Context, c *container, p *pendingRestore, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
 	m := p.claim.Manifest()
 	ctx = withFields(ctx, log.Fields{"checkpoint_id": m.ID})
+	var outputs error
+	if c.settings.AfterRestore != "" {
+		defer c.beginExchange()()
+		var release func()
+		release, outputs = holdOutput(c.request)
+		defer release()
+	}
 	begin := time.Now()
 	lazy := s.beginLazy(ctx, c, p)
 	if lazy != nil {
@@ -355,13 +368,17 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	} else {
 		p.phaseRunc(ctx, c, time.Since(begin))
 	}
+	var cause error // of a cold start
+	if err == nil {
+		cause = s.afterRestore(ctx, c, lazy, p)
+	}
 	// A caller that goes away must not leave half of what follows: a checkpoint
 	// that was restored and not consumed would be restored once more, when the
 	// shim ends and its claim with it.
 	caller := ctx
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
 	defer cancel()
-	if err == nil {
+	if err == nil && cause == nil {
 		c.mu.Lock()
 		c.restoredFrom = m
 		c.mu.Unlock()
@@ -387,34 +404,55 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		}
 		return resp, nil
 	}
-	lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), logLines)
-	if lerr != nil {
-		log.G(ctx).WithError(lerr).Debug("no restore log")
-	}
-	cause := fmt.Errorf("restore: %w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
-	if caller.Err() != nil {
-		// runc was killed with the call: that is no fault of the checkpoint.
-		cause = fmt.Errorf("restore: %w: %w", caller.Err(), errgrpc.ToNative(err))
-		waitProcessesIn(ctx, filepath.Join(c.bundle, "work")) // CRIU takes back what it made
+	p.ran = cause != nil
+	if !p.ran {
+		lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), logLines)
+		if lerr != nil {
+			log.G(ctx).WithError(lerr).Debug("no restore log")
+		}
+		cause = fmt.Errorf("restore: %w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
+		if caller.Err() != nil {
+			// runc was killed with the call: that is no fault of the checkpoint.
+			cause = fmt.Errorf("restore: %w: %w", caller.Err(), errgrpc.ToNative(err))
+			waitProcessesIn(ctx, filepath.Join(c.bundle, "work")) // CRIU takes back what it made
+		}
 	}
 
 	if err = nil; end == nil {
 		end = c.beginExchange()
 		s.publisher.muteDelete(c.id)
-		if err = s.deleteUnstarted(ctx, c); err != nil {
+		if p.ran {
+			s.publisher.muteExit(c.id, resp.Pid)
+			err = s.deleteStarted(ctx, c.id)
+		} else {
+			err = s.deleteUnstarted(ctx, c)
+		}
+		if err != nil {
 			s.publisher.drop(c.id) // no event will come
 		}
 	}
 	defer end()
 	if lerr := s.abandonLazy(ctx, c); err != nil || lerr != nil {
-		s.returnRestore(ctx, c, p, err)
+		if p.ran {
+			s.setAside(ctx, c, p, reasonCode(cause), cause)
+		} else {
+			s.returnRestore(ctx, c, p, err)
+		}
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: delete after failed restore: %w", c.id, errors.Join(cause, errgrpc.ToNative(err), lerr)))
+	}
+	if p.ran && m.Template != "" && c.settings.OnFailure != checkpoint.OnFailureFail {
+		s.rememberClone(c, m.ID, 0) // another restart in this sandbox need not try again
 	}
 	if err := s.refuse(ctx, c, m.ID, p, cause); err != nil {
 		return nil, err
 	}
 	if caller.Err() != nil {
 		return nil, errgrpc.ToGRPC(cause) // nobody waits for a cold start
+	}
+	if p.ran {
+		if err := noSuccessor(c, outputs); err != nil {
+			return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: %w; it starts cold the next time: %w", c.id, cause, err))
+		}
 	}
 	if err := c.writeCRIUConfig(s.dumpOptions(c)); err != nil {
 		return nil, errgrpc.ToGRPC(err)
@@ -445,14 +483,19 @@ func (p *pendingRestore) phaseRunc(ctx context.Context, c *container, took time.
 // restoredReason is what the event of the restore says.
 func (p *pendingRestore) restoredReason() string {
 	reason := dumpMode{template: p.claim.Manifest().Template}.reason()
+	var parts []string
+	if reason != "" {
+		parts = append(parts, reason)
+	}
 	switch p.eager {
 	case "", eagerChosen, eagerSmall:
-		return reason
+	default:
+		parts = append(parts, "memory was read before the start: "+p.eager)
 	}
-	if reason != "" {
-		reason += "; "
+	if p.hook > 0 {
+		parts = append(parts, fmt.Sprintf("hook in %v", p.hook.Round(time.Millisecond)))
 	}
-	return reason + "memory was read before the start: " + p.eager
+	return strings.Join(parts, "; ")
 }
 
 // deleteUnstarted removes the inner object of a restore that failed. Where runc
@@ -506,7 +549,7 @@ func (s *service) killUnstarted(ctx context.Context, c *container, p *pendingRes
 		s.returnRestore(ctx, c, p, err)
 		return nil, err
 	}
-	if err := errors.Join(s.cleanRestore(c, p), p.claim.Release(ctx), c.writeCRIUConfig(s.dumpOptions(c))); err != nil {
+	if err := errors.Join(s.cleanRestore(ctx, c, p), p.claim.Release(ctx), c.writeCRIUConfig(s.dumpOptions(c))); err != nil {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: kill before start: %w", c.id, err))
 	}
 	if _, err := s.TTRPCTaskService.Create(ctx, c.request); err != nil {
@@ -524,7 +567,7 @@ func (s *service) abandonRestore(ctx context.Context, c *container) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
 	defer cancel()
-	if err := errors.Join(s.cleanRestore(c, p), p.claim.Release(ctx)); err != nil {
+	if err := errors.Join(s.cleanRestore(ctx, c, p), p.claim.Release(ctx)); err != nil {
 		log.G(ctx).WithError(err).Error("give back checkpoint")
 	}
 }

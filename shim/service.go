@@ -555,6 +555,8 @@ func (s *service) event(ctx context.Context, c *container, e event.Event) {
 // reasonCode maps an error to one of the codes of package event.
 func reasonCode(err error) string {
 	switch {
+	case errors.Is(err, errHook): // whatever made it fail
+		return "hook"
 	case errors.Is(err, errAborted), errors.Is(err, errCalledOff):
 		return "aborted"
 	case errors.Is(err, checkpoint.ErrCorrupt):

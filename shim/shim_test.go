@@ -304,6 +304,7 @@ func TestSettingsRefused(t *testing.T) {
 		{checkpoint.InternalPolicy: "resume", checkpoint.InternalTCP: "maybe"},
 		{checkpoint.InternalPolicy: "resume", checkpoint.InternalMemory: "maybe"},
 		{checkpoint.InternalPolicy: "template", checkpoint.InternalTemplate: "shop", checkpoint.InternalMerge: "maybe"},
+		{checkpoint.InternalPolicy: "resume", checkpoint.InternalAfterRestore: "signal SIGKILL"},
 	} {
 		if s, err := settingsOf(a); err == nil || s.OptedIn() {
 			t.Errorf("%v: %+v, %v", a, s, err)

@@ -232,9 +232,13 @@ func (s *service) noteClone(c *container) {
 	if m == nil || m.Template == "" || started.IsZero() {
 		return
 	}
+	s.rememberClone(c, m.ID, time.Since(started))
+}
+
+func (s *service) rememberClone(c *container, version checkpoint.ID, uptime time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.clones[c.identity.Container] = cloneLife{m.ID, time.Since(started)}
+	s.clones[c.identity.Container] = cloneLife{version, uptime}
 }
 
 // clonedInVain refuses a version from which the container began before in this

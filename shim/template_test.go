@@ -233,7 +233,7 @@ func TestClaimTemplate(t *testing.T) {
 
 // TestTemplateSetAside: only damage takes a template away from the others.
 func TestTemplateSetAside(t *testing.T) {
-	for code, gone := range map[string]bool{"criu": false, "incompatible": false, "crash-loop": false, "mismatch": false, "corrupt": true} {
+	for code, gone := range map[string]bool{"criu": false, "hook": false, "incompatible": false, "crash-loop": false, "mismatch": false, "corrupt": true} {
 		t.Run(code, func(t *testing.T) {
 			s, _, st := rebootable(t, checkpoint.PolicyTemplate)
 			r, err := s.Snapshot(t.Context(), "c", "shop")

@@ -2,15 +2,14 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/podnet"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/reboot"
@@ -44,15 +43,9 @@ func (w *warmup) parse() error {
 		return usageError{errors.New("--warmup-timeout: want more than nothing")}
 	}
 	for _, command := range w.exec {
-		args := []string{"/bin/sh", "-c", command}
-		if strings.HasPrefix(strings.TrimSpace(command), "[") {
-			args = nil
-			if err := json.Unmarshal([]byte(command), &args); err != nil {
-				return usageError{fmt.Errorf("--warmup-exec %s: want a command for the shell, or a JSON list of strings: %w", command, err)}
-			}
-		}
-		if len(args) == 0 || args[0] == "" || strings.TrimSpace(command) == "" {
-			return usageError{errors.New("--warmup-exec: no command")}
+		args, err := checkpoint.ParseCommand(command)
+		if err != nil {
+			return usageError{fmt.Errorf("--warmup-exec: %w", err)}
 		}
 		w.steps = append(w.steps, warmupStep{name: command, args: args})
 	}

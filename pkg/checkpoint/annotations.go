@@ -35,6 +35,9 @@ const (
 	// from a template offers its memory to the kernel for merging with equal
 	// memory of others (KSM). Default: "false".
 	AnnotationMerge = Prefix + "merge"
+	// AnnotationAfterRestore is what is done in the container after each restore,
+	// from a checkpoint or from a template, before it counts as started: see [ParseHook].
+	AnnotationAfterRestore = Prefix + "after-restore"
 )
 
 // Bounds of [AnnotationPromoteAfter].
@@ -62,7 +65,7 @@ func Known(name string) bool {
 		name = Prefix + own
 	}
 	switch name {
-	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate, AnnotationMemory, AnnotationPromoteAfter, AnnotationMerge:
+	case AnnotationPolicy, AnnotationKey, AnnotationOnFailure, AnnotationTCP, AnnotationTemplate, AnnotationMemory, AnnotationPromoteAfter, AnnotationMerge, AnnotationAfterRestore:
 		return true
 	}
 	return false
@@ -100,6 +103,9 @@ const (
 	InternalTCP = InternalPrefix + "tcp"
 	// InternalMemory is the resolved [Memory]; where it is absent memory is eager.
 	InternalMemory = InternalPrefix + "memory"
+	// InternalAfterRestore is the hook, as the user wrote it and [ParseHook] reads
+	// it; absent for none.
+	InternalAfterRestore = InternalPrefix + "after-restore"
 	// InternalImageDigest is the digest of the container's OCI image.
 	InternalImageDigest = InternalPrefix + "image-digest"
 	// InternalCheckpointID names the checkpoint that the daemon found for the
@@ -191,6 +197,9 @@ type Settings struct {
 	PromoteAfter time.Duration `json:"promoteAfter,omitempty"`
 	// Merge: memory that comes from the template is offered for merging.
 	Merge bool `json:"merge,omitempty"`
+	// AfterRestore is the hook after a restore, which [ParseHook] accepts; empty
+	// for none.
+	AfterRestore string `json:"afterRestore,omitempty"`
 }
 
 // OptedIn reports whether stasis acts on the container at all.
@@ -296,6 +305,14 @@ func ParseSettings(annotations map[string]string, container string) (Settings, e
 		return off, fmt.Errorf("annotation %s: %s names no template: %w", AnnotationMerge, AnnotationTemplate, ErrInvalid)
 	default:
 		s.Merge = true
+	}
+	if s.AfterRestore, err = get(AnnotationAfterRestore); err != nil {
+		return off, err
+	}
+	if s.AfterRestore != "" {
+		if _, err := ParseHook(s.AfterRestore); err != nil {
+			return off, fmt.Errorf("annotation %s: %w", AnnotationAfterRestore, err)
+		}
 	}
 	if s.Key, err = get(AnnotationKey); err != nil {
 		return off, err

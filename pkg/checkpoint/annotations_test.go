@@ -70,6 +70,13 @@ func TestParseSettings(t *testing.T) {
 		"no merge, no template": {map[string]string{p: "resume", "stasis.dev/merge": "false"}, full, ""},
 		"merge what":            {map[string]string{p: "resume", "stasis.dev/merge": "true"}, off, "stasis.dev/merge"},
 		"unknown merge":         {map[string]string{"stasis.dev/template": "shop", "stasis.dev/merge": "yes"}, off, "stasis.dev/merge"},
+		"hook":                  {map[string]string{p: "resume", "stasis.dev/after-restore": "signal SIGUSR2"}, with(func(s *checkpoint.Settings) { s.AfterRestore = "signal SIGUSR2" }), ""},
+		"container's hook": {map[string]string{p: "resume", "stasis.dev/after-restore": "signal 1", "after-restore.stasis.dev/container.app": `exec ["x"]`}, with(func(s *checkpoint.Settings) {
+			s.AfterRestore = `exec ["x"]`
+		}), ""},
+		"no hook here":          {map[string]string{p: "resume", "stasis.dev/after-restore": "signal 1", "after-restore.stasis.dev/container.app": ""}, full, ""},
+		"bad hook":              {map[string]string{p: "resume", "stasis.dev/after-restore": "signal SIGKILL"}, off, "stasis.dev/after-restore"},
+		"oversized hook":        {map[string]string{p: "resume", "stasis.dev/after-restore": "exec " + strings.Repeat("x", 252)}, off, "stasis.dev/after-restore"},
 		"no template here":      {map[string]string{"stasis.dev/template": "shop", "template.stasis.dev/container.app": ""}, off, ""},
 		"oversized, not policy": {map[string]string{"stasis.dev/tcp": strings.Repeat("x", 257)}, off, ""},
 	} {
@@ -163,7 +170,7 @@ func FuzzParseSettings(f *testing.F) {
 // TestContainerAnnotation: the form for one container is a name that Kubernetes
 // accepts: one slash, a DNS subdomain before it, at most 63 bytes after it.
 func TestContainerAnnotation(t *testing.T) {
-	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate, checkpoint.AnnotationMemory, checkpoint.AnnotationPromoteAfter, checkpoint.AnnotationMerge} {
+	for _, name := range []string{checkpoint.AnnotationPolicy, checkpoint.AnnotationKey, checkpoint.AnnotationOnFailure, checkpoint.AnnotationTCP, checkpoint.AnnotationTemplate, checkpoint.AnnotationMemory, checkpoint.AnnotationPromoteAfter, checkpoint.AnnotationMerge, checkpoint.AnnotationAfterRestore} {
 		got := checkpoint.ContainerAnnotation(name, strings.Repeat("c", 53))
 		prefix, rest, _ := strings.Cut(got, "/")
 		if strings.Contains(rest, "/") || len(rest) > 63 || !strings.HasSuffix(prefix, ".stasis.dev") {

@@ -54,7 +54,7 @@ type Event struct {
 	// ReasonCode is one of a small set, fit for a metric's label: "missing",
 	// "corrupt", "mismatch", "incompatible", "criu", "no-space", "busy",
 	// "unsupported", "timeout", "aborted", "invalid", "crash-loop", "memory-limit",
-	// "missed", "pager", "internal".
+	// "missed", "pager", "hook", "internal".
 	ReasonCode     string              `json:"reasonCode,omitempty"`
 	DurationMicros int64               `json:"durationMicros,omitempty"`
 	SizeBytes      int64               `json:"sizeBytes,omitempty"`
