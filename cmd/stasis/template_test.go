@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -169,34 +170,50 @@ func TestTemplates(t *testing.T) {
 	}
 }
 
-// TestTemplateSample: the sample's annotations are ones that the daemon accepts.
+// TestTemplateSample: the samples' annotations are ones that the daemon accepts,
+// and the hook is what the program of the sample waits for.
 func TestTemplateSample(t *testing.T) {
-	b, err := os.ReadFile(filepath.Join(contrib, "kubernetes/sample-template.yaml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var d struct {
-		Spec struct {
-			Template struct {
-				Metadata struct{ Annotations map[string]string }
-				Spec     struct {
-					RuntimeClassName string `yaml:"runtimeClassName"`
-					Containers       []struct{ Name string }
+	for file, hook := range map[string]string{"sample-template.yaml": "", "sample-java.yaml": "http://127.0.0.1:8080/cloned"} {
+		b, err := os.ReadFile(filepath.Join(contrib, "kubernetes", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var d struct {
+			Spec struct {
+				Template struct {
+					Metadata struct{ Annotations map[string]string }
+					Spec     struct {
+						RuntimeClassName string `yaml:"runtimeClassName"`
+						Containers       []struct{ Name string }
+					}
 				}
 			}
 		}
-	}
-	if err := yaml.Unmarshal(b, &d); err != nil {
-		t.Fatal(err)
-	}
-	pod := d.Spec.Template
-	for name := range pod.Metadata.Annotations {
-		if !checkpoint.Known(name) {
-			t.Errorf("annotation %s", name)
+		if err := yaml.Unmarshal(b, &d); err != nil {
+			t.Fatal(err)
 		}
-	}
-	s, err := checkpoint.ParseSettings(pod.Metadata.Annotations, pod.Spec.Containers[0].Name)
-	if err != nil || s.Policy != checkpoint.PolicyTemplate || s.Template == "" || pod.Spec.RuntimeClassName != "stasis" {
-		t.Errorf("%+v, %v", s, err)
+		pod := d.Spec.Template
+		for name := range pod.Metadata.Annotations {
+			if !checkpoint.Known(name) {
+				t.Errorf("%s: annotation %s", file, name)
+			}
+		}
+		s, err := checkpoint.ParseSettings(pod.Metadata.Annotations, pod.Spec.Containers[0].Name)
+		if err != nil || s.Policy != checkpoint.PolicyTemplate || s.Template == "" || pod.Spec.RuntimeClassName != "stasis" {
+			t.Errorf("%s: %+v, %v", file, s, err)
+		}
+		if (s.AfterRestore != "") != (hook != "") {
+			t.Errorf("%s: hook %q", file, s.AfterRestore)
+		}
+		if hook == "" {
+			continue
+		}
+		if h, err := checkpoint.ParseHook(s.AfterRestore); err != nil || !slices.Contains(h.Args, hook) {
+			t.Errorf("%s: hook %+v, %v", file, h, err)
+		}
+		source, err := os.ReadFile(filepath.Join(contrib, "samples/java-clone/Service.java"))
+		if err != nil || !strings.Contains(string(source), s.AfterRestore) || !strings.Contains(string(source), `"/cloned"`) {
+			t.Errorf("the program does not tell of the hook: %v", err)
+		}
 	}
 }

@@ -1,10 +1,13 @@
 package integration
 
 import (
+	"bufio"
 	"fmt"
+	"net"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -192,4 +195,129 @@ func TestHookFailsOwn(t *testing.T) {
 		t.Errorf("records %v", rs)
 	}
 	run(t, "stasis", "rm", id)
+}
+
+// upstream answers each line of a connection with the connection's number, on the
+// pods' gateway, and keeps who said hello.
+func upstream(t *testing.T) (address string, hellos func() []string) {
+	t.Helper()
+	bridge, err := net.InterfaceByName("cni0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addrs, err := bridge.Addrs()
+	if err != nil || len(addrs) == 0 {
+		t.Fatalf("%v, %v", addrs, err)
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(addrs[0].(*net.IPNet).IP.String(), "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var said []string
+	var wg sync.WaitGroup
+	t.Cleanup(wg.Wait)
+	t.Cleanup(func() { l.Close() })
+	wg.Go(func() { // ends with the listener
+		for n := 1; ; n++ {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			t.Cleanup(func() { conn.Close() })
+			go func() { // ends with the connection
+				for in := bufio.NewScanner(conn); in.Scan(); {
+					if id, ok := strings.CutPrefix(in.Text(), "hello "); ok {
+						mu.Lock()
+						said = append(said, id)
+						mu.Unlock()
+					}
+					fmt.Fprintln(conn, n)
+				}
+			}()
+		}
+	})
+	return l.Addr().String(), func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Clone(said)
+	}
+}
+
+// TestHookJava clones the Java sample: with the hook each clone has a random
+// number, an id and a connection of its own from the start; without it they have
+// the source's.
+func TestHookJava(t *testing.T) {
+	n, name := newNode(t), uniqueKey(t)
+	removeTemplate(t, name)
+	classes := t.TempDir()
+	run(t, "javac", "-d", classes, "/src/contrib/samples/java-clone/Service.java")
+	source := n.runPod(name, map[string]string{checkpoint.AnnotationPolicy: "template"})
+	address, hellos := upstream(t)
+	command := []string{"/opt/java/bin/java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xms64m", "-Xmx64m", "-XX:+AlwaysPreTouch", "-cp", "/classes", "Service"}
+	opts := []ctrOption{withMount(classes, "/classes"), func(c *cri.ContainerConfig) {
+		c.Envs = append(c.Envs, &cri.KeyValue{Key: "UPSTREAM", Value: []byte(address)})
+	}}
+	type answer struct{ id, random, connection string }
+	ask := func(p *pod) (a answer) {
+		t.Helper()
+		eventually(t, "an answer", func() error {
+			body, err := p.get("")
+			if err == nil {
+				_, err = fmt.Sscan(body, &a.id, &a.random, &a.connection)
+			}
+			return err
+		})
+		return a
+	}
+	src := source.start("c", "java", command, opts...)
+	first := ask(source)
+	if first.connection != "1" || !slices.Equal(hellos(), []string{first.id}) {
+		t.Fatalf("the source answers %+v, and said hello as %q", first, hellos())
+	}
+	src.makeTemplate(t, name)
+
+	const hook = `exec ["wget", "-q", "-O", "-", "http://127.0.0.1:8080/cloned"]`
+	seen := map[string]bool{first.id: true, first.random: true}
+	for i := range 2 {
+		p := clonePod(n, name, checkpoint.AnnotationAfterRestore, hook)
+		p.start("c", "java", command, opts...)
+		said := hellos() // when the start has returned
+		p.wantOutcome(event.Restored, "", "hook in ")
+		a := ask(p)
+		if seen[a.id] || seen[a.random] {
+			t.Errorf("clone %d answers %+v; there were %v", i, a, seen)
+		}
+		seen[a.id], seen[a.random] = true, true
+		if len(said) != i+2 || said[i+1] != a.id || a.connection != fmt.Sprint(i+2) {
+			t.Errorf("clone %d answers %+v; hello was said as %q", i, a, said)
+		}
+		t.Logf("clone %d: %+v; %s", i, a, events(t, p.config.Metadata.Uid)[0].Reason)
+		p.removeEventually()
+	}
+
+	// Without it: the numbers that the source would have drawn next, in each.
+	var same answer
+	for i := range 2 {
+		p := clonePod(n, name)
+		p.start("c", "java", command, opts...)
+		p.wantOutcome(event.Restored, "", name)
+		a := ask(p)
+		if i == 0 {
+			same = a
+		}
+		if a.id != first.id || a.random != same.random {
+			t.Errorf("without the hook clone %d answers %+v, the source %+v, the other %+v", i, a, first, same)
+		}
+		p.removeEventually()
+	}
+
+	// While memory is being filled, too, the failure of a hook ends it.
+	p := clonePod(n, name, checkpoint.AnnotationAfterRestore, "exec wget -q -O - http://127.0.0.1:8080/none/; exit 3")
+	p.start("c", "java", command, opts...)
+	p.wantOutcome(event.ColdStart, "hook", "exit code 3")
+	if a := ask(p); seen[a.id] {
+		t.Errorf("it did not begin cold: %+v", a)
+	}
+	assertNothingFrozen(t)
 }
