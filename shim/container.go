@@ -279,6 +279,16 @@ func (c *container) beginExchange() (end func()) {
 	}
 }
 
+// exchanging tells whether an exchange is in progress.
+func (c *container) exchanging() bool {
+	if c == nil {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.exchanges > 0
+}
+
 // waitSettled returns when the inner service has the container, and the channel
 // that tells when it no longer does.
 func (c *container) waitSettled(ctx context.Context) (replaced <-chan struct{}, err error) {

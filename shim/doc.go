@@ -17,6 +17,9 @@
 //   - A checkpoint is claimed before Create answers, and consumed, released or
 //     quarantined before Start answers; where memory is filled after the start,
 //     when it is full, and before the container can be dumped or deleted.
+//   - Nobody gets at a restored container before its hook is done. One whose hook
+//     has failed is dead before another is started in its place, and its
+//     checkpoint is not restored again.
 //   - A container whose memory nobody can fill any more is dead before the last
 //     descriptor of that memory is closed; see lazy.go.
 //   - A panic would take the pod down, so nothing here indexes or converts

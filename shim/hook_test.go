@@ -12,6 +12,8 @@ import (
 
 	apievents "github.com/containerd/containerd/api/events"
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -73,6 +75,9 @@ func TestHook(t *testing.T) {
 		defer cancel()
 		if _, err := s.State(ctx, &taskAPI.StateRequest{ID: "c"}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("state during the hook: %v", err)
+		}
+		if _, err := s.Stats(t.Context(), &taskAPI.StatsRequest{ID: "c"}); !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+			t.Errorf("stats during the hook: %v", err)
 		}
 		if log, err := os.ReadFile(filepath.Join(s.config.Root, "events.jsonl")); err == nil {
 			t.Errorf("events during the hook: %s", log)

@@ -17,12 +17,12 @@ type publisher struct {
 	shim.Publisher
 
 	mu    sync.Mutex
-	muted map[string]int    // container id -> TaskDelete events still to be dropped, guarded by mu
-	exits map[exit]struct{} // TaskExit events still to be dropped, guarded by mu
+	muted map[string]int        // container id -> TaskDelete events still to be dropped, guarded by mu
+	exits map[initExit]struct{} // TaskExit events still to be dropped, guarded by mu
 }
 
-// exit is that of a container's first process.
-type exit struct {
+// initExit is the exit of a container's first process.
+type initExit struct {
 	id  string
 	pid uint32
 }
@@ -36,20 +36,22 @@ func (p *publisher) muteDelete(id string) {
 	p.muted[id]++
 }
 
-// muteExit drops the exit of a container whose first process has, or had, the pid.
+// muteExit drops the exit of a container whose first process has, or had, the
+// pid. One that was published already cannot be taken back; it is Wait by which
+// containerd's CRI plugin learns of an exit.
 func (p *publisher) muteExit(id string, pid uint32) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.exits == nil {
-		p.exits = make(map[exit]struct{})
+		p.exits = make(map[initExit]struct{})
 	}
-	p.exits[exit{id, pid}] = struct{}{}
+	p.exits[initExit{id, pid}] = struct{}{}
 }
 
 func (p *publisher) dropExit(e *apievents.TaskExit) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	key := exit{e.ContainerID, e.Pid}
+	key := initExit{e.ContainerID, e.Pid}
 	_, ok := p.exits[key]
 	delete(p.exits, key)
 	return ok

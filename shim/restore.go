@@ -336,7 +336,7 @@ func readTail(name string, limit int64) ([]byte, error) {
 func (s *service) startRestored(ctx context.Context, c *container, p *pendingRestore, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
 	m := p.claim.Manifest()
 	ctx = withFields(ctx, log.Fields{"checkpoint_id": m.ID})
-	var outputs error
+	var outputs error // why they are not held
 	if c.settings.AfterRestore != "" {
 		defer c.beginExchange()()
 		var release func()

@@ -286,6 +286,10 @@ func (s *service) Pids(ctx context.Context, r *taskAPI.PidsRequest) (*taskAPI.Pi
 // Stats answers from the cgroup for restored containers, of which the inner
 // service knows none.
 func (s *service) Stats(ctx context.Context, r *taskAPI.StatsRequest) (*taskAPI.StatsResponse, error) {
+	if c := s.lookup(r.ID); c.exchanging() {
+		// Whoever asks about all containers of the node must not wait for a hook.
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s is being started: %w", r.ID, errdefs.ErrNotFound))
+	}
 	c, err := s.settled(ctx, r.ID)
 	if err != nil {
 		return nil, err
