@@ -11,6 +11,7 @@ import (
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -330,5 +331,52 @@ func TestNotTheCheckpointsFault(t *testing.T) {
 				t.Errorf("events %s, %v, want one with %q", log, err, tc.reason)
 			}
 		})
+	}
+}
+
+// TestCreateGivenUp: a caller that gives up on Create deletes what it asked for.
+// If it does so while the container is still being made, the deletion comes
+// after that; if not, nothing stays either.
+func TestCreateGivenUp(t *testing.T) {
+	for _, deletes := range []bool{true, false} {
+		s, in := testService(t)
+		i := &restoringInner{inner: in}
+		s.TTRPCTaskService = i
+		bundle := writeBundle(t, map[string]string{
+			checkpoint.InternalPolicy: "resume", checkpoint.InternalKey: "key",
+			checkpoint.CRISandboxNamespace: "ns", checkpoint.CRIContainerName: "app",
+		})
+		ctx, giveUp := context.WithCancel(t.Context())
+		deleted := make(chan error, 1)
+		in.spec = func(string) {
+			if !deletes {
+				giveUp()
+				return
+			}
+			go func() {
+				_, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: "c"})
+				deleted <- err
+			}()
+			select {
+			case err := <-deleted:
+				t.Errorf("deleted while it is being made: %v", err)
+				deleted <- err
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+		_, err := s.Create(ctx, &taskAPI.CreateTaskRequest{ID: "c", Bundle: bundle, Rootfs: []*types.Mount{{
+			Type: "overlay", Options: []string{"upperdir=" + t.TempDir(), "workdir=" + t.TempDir()},
+		}}})
+		giveUp()
+		if deletes {
+			if derr := <-deleted; err != nil || derr != nil {
+				t.Errorf("create: %v; delete: %v", err, derr)
+			}
+		} else if !errors.Is(errgrpc.ToNative(err), context.Canceled) {
+			t.Errorf("create: %v", err)
+		}
+		if got := strings.Join(in.calls, " "); got != "create delete" || s.lookup("c") != nil {
+			t.Errorf("inner calls %q, left %v", got, s.lookup("c"))
+		}
 	}
 }

@@ -128,14 +128,33 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (*ta
 			return nil, errgrpc.ToGRPC(fmt.Errorf("create container %q: %w", r.ID, err))
 		}
 	}
+	if c.optedIn {
+		// A caller that gives up deletes what it has asked for, and is to find it:
+		// else it would be made after that, and kept for ever.
+		defer c.beginExchange()()
+	}
 	s.mu.Lock()
 	s.containers[r.ID] = c
 	s.mu.Unlock()
 	resp, err := s.create(ctx, c)
+	if err == nil && c.optedIn && ctx.Err() != nil {
+		// Who waits no longer may have given up on the deletion, too.
+		err = errgrpc.ToGRPC(errors.Join(context.Cause(ctx), s.uncreate(ctx, c)))
+	}
 	if err != nil {
 		s.forget(r.ID)
+		return nil, err
 	}
-	return resp, err
+	return resp, nil
+}
+
+// uncreate takes back what create has made.
+func (s *service) uncreate(ctx context.Context, c *container) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	defer cancel()
+	_, err := s.TTRPCTaskService.Delete(ctx, &taskAPI.DeleteRequest{ID: c.id})
+	s.abandonRestore(ctx, c)
+	return errgrpc.ToNative(err)
 }
 
 func (s *service) create(ctx context.Context, c *container) (*taskAPI.CreateTaskResponse, error) {
