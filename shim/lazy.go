@@ -50,6 +50,9 @@ const (
 	fillTimeout  = 10 * time.Minute
 	fillRate     = 20 << 20
 	stallTimeout = 2 * time.Minute
+	// restDelay is what runc takes to finish after CRIU, and a request that the
+	// container has been waited for with.
+	restDelay = 50 * time.Millisecond
 	// holderName is the program name that makes a shim a holder.
 	holderName = "stasis-memory-holder"
 )
@@ -205,6 +208,7 @@ func (s *service) startPager(ctx context.Context, c *container, p *pendingRestor
 		ImageDir:     filepath.Join(p.claim.Dir(), checkpoint.ImageDir),
 		WorkDir:      work,
 		StallTimeout: stallTimeout,
+		RestDelay:    restDelay,
 		Hot:          s.hot(ctx, p),
 		Keeper:       pager.NewKeeper(l.conn),
 		Blocks:       p.claim.Manifest().Blocks(),

@@ -1,6 +1,7 @@
 package pager
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 )
@@ -83,7 +85,7 @@ func TestHotFirst(t *testing.T) {
 
 // TestHotSpace: a space with hot memory is filled before others.
 func TestHotSpace(t *testing.T) {
-	p := &Pager{ready: true, spaces: map[int]*space{}}
+	p := &Pager{ready: true, rest: true, spaces: map[int]*space{}}
 	for i := range 20 {
 		p.spaces[i] = &space{p: p, fd: i, todo: []span{{addr: 1 << 20, size: HotSize}}}
 	}
@@ -94,6 +96,27 @@ func TestHotSpace(t *testing.T) {
 	p.spaces[13].todo = nil
 	if s := p.nextSpace(); s.fd == 13 {
 		t.Error("a space with nothing to do")
+	}
+}
+
+// TestRestDelay: what is not hot waits for a while, and no longer.
+func TestRestDelay(t *testing.T) {
+	const delay = 200 * time.Millisecond
+	p := &Pager{opt: Options{RestDelay: delay}, start: time.Now(), wake: -1, restored: make(chan struct{}), spaces: map[int]*space{}}
+	p.cond.L = &p.mu
+	p.ending, p.stop = context.WithCancel(t.Context())
+	defer p.stop()
+	hot, rest := &space{p: p, fd: 1}, &space{p: p, fd: 2, todo: []span{{addr: 1 << 20, size: HotSize}}}
+	hot.todo = []span{{addr: 1 << 20, size: HotSize, hot: true}}
+	p.spaces[1], p.spaces[2] = hot, rest
+	begin := time.Now()
+	p.setReady()
+	if s := p.nextSpace(); s != hot || time.Since(begin) >= delay {
+		t.Errorf("space %d comes first, after %v", s.fd, time.Since(begin))
+	}
+	hot.todo = nil
+	if s := p.nextSpace(); s != rest || time.Since(begin) < delay {
+		t.Errorf("space %d comes next, after %v", s.fd, time.Since(begin))
 	}
 }
 

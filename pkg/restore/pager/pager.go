@@ -40,6 +40,9 @@ type Options struct {
 	// in this order, and all processes' before the rest. What is not in the images
 	// is ignored.
 	Hot []Range
+	// RestDelay is how long, after CRIU's last message, nothing but Hot is copied in
+	// bulk: runc and the first answer have the processors until then.
+	RestDelay time.Duration
 	// Keeper has another process hold every userfaultfd, before anything is read
 	// from it and until its memory is full; nil for none.
 	Keeper *Keeper
@@ -110,6 +113,7 @@ type Pager struct {
 	// abandoned: CRIU cannot finish the restore.
 	abandoned bool
 	ready     bool           // CRIU is done: bulk may begin
+	rest      bool           // with what is not hot, too
 	spaces    map[int]*space // by descriptor; those that are not yet full
 	count     int
 	hotRanges int
@@ -152,11 +156,6 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	if p.contents, err = contentOf(opt.ImageDir, p.mem, opt.Blocks); err != nil {
 		return nil, err
 	}
-	for _, t := range p.mem.Tasks {
-		if t.Pages != nil {
-			unix.Fadvise(int(t.Pages.Fd()), 0, 0, unix.FADV_WILLNEED) // a hint
-		}
-	}
 	if p.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("epoll: %w", err)
 	}
@@ -173,7 +172,8 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	if err := control(l, opt.Keeper.holdSocket); err != nil {
 		return nil, errors.Join(fmt.Errorf("keep socket: %w", err), l.Close(), remove())
 	}
-	p.running.Add(2 + opt.Threads)
+	p.running.Add(3 + opt.Threads)
+	go func() { defer p.running.Done(); p.readAhead() }()
 	go func() { defer p.running.Done(); p.receive(l, remove) }()
 	go func() { defer p.running.Done(); p.serve() }()
 	for range opt.Threads {
@@ -194,6 +194,16 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 		close(p.done)
 	}()
 	return p, nil
+}
+
+// readAhead has the kernel read what it has not in memory. To look through a
+// gigabyte that it has takes it 20 ms.
+func (p *Pager) readAhead() {
+	for _, t := range p.mem.Tasks {
+		if t.Pages != nil {
+			unix.Fadvise(int(t.Pages.Fd()), 0, 0, unix.FADV_WILLNEED) // a hint
+		}
+	}
 }
 
 // Restored is closed when CRIU has said that the restore is done: the tasks are
@@ -359,6 +369,15 @@ func (p *Pager) setReady() {
 	defer p.mu.Unlock()
 	p.ready = true
 	close(p.restored)
+	if p.rest = p.opt.RestDelay <= 0; !p.rest {
+		timer := time.AfterFunc(p.opt.RestDelay, func() {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.rest = true
+			p.cond.Broadcast()
+		})
+		p.atEnd(func() { timer.Stop() })
+	}
 	p.cond.Broadcast()
 	p.wakeServer()
 }
@@ -554,7 +573,7 @@ func (p *Pager) nextSpace() *space {
 					next = s
 				}
 			}
-			if next != nil {
+			if next != nil && p.rest {
 				return next
 			}
 		}
