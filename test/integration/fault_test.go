@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
@@ -39,7 +40,16 @@ func daemonPID(t *testing.T, name string) int {
 // restart kills a daemon and starts it again.
 func restart(t *testing.T, name string) {
 	t.Helper()
-	syscall.Kill(daemonPID(t, name), syscall.SIGKILL)
+	pid := daemonPID(t, name)
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err == nil {
+		defer unix.Close(fd)
+		syscall.Kill(pid, syscall.SIGKILL)
+		// Its locks are free when it has ended.
+		if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10_000); n != 1 {
+			t.Errorf("%s does not end: %v", name, err)
+		}
+	}
 	if out, err := exec.Command("/src/test/node/up", name).CombinedOutput(); err != nil {
 		t.Errorf("restart %s: %v\n%s", name, err, out)
 	}
