@@ -316,6 +316,14 @@ func events(t testing.TB, key string) []event.Event {
 	return out
 }
 
+// stages are those of the identity's checkpoints; what a shim left that another
+// test killed is not among them.
+func stages(key string) []string {
+	id := checkpoint.Identity{Namespace: "default", Key: key, Container: "c"}
+	names, _ := filepath.Glob(filepath.Join(storeRoot, ".stage-"+id.Hash()+"-*")) // the pattern is valid
+	return names
+}
+
 // wantEvent fails unless the newest event of the identity has the type and code.
 func wantEvent(t testing.TB, key string, typ event.Type, code string) event.Event {
 	t.Helper()

@@ -436,6 +436,7 @@ func TestLazyKill9(t *testing.T) {
 				}
 				lazyFault(t, n, victim, key, outcome)
 			}
+			restart(t, "stasisd") // sweeps what a killed shim had staged
 			t.Logf("%v", outcome)
 			if outcome["died"] == 0 && (victim == "holder" || victim == "shim") {
 				t.Error("no fault hit the filling")

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -170,7 +169,7 @@ func TestAnswersDuringDump(t *testing.T) {
 	}()
 	// The stage directory appears when the dump begins.
 	eventually(t, "the dump's stage", func() error {
-		m, _ := filepath.Glob(filepath.Join(storeRoot, ".stage-*"))
+		m := stages(key)
 		if len(m) == 0 {
 			return fmt.Errorf("no stage after %s", time.Since(begin))
 		}
@@ -223,7 +222,7 @@ func TestSIGKILLDuringDump(t *testing.T) {
 	c.waitLog("ready")
 	go n.rt.StopContainer(n.ctx(), stopRequest(c.id, 60))
 	eventually(t, "the dump's stage", func() error {
-		if m, _ := filepath.Glob(filepath.Join(storeRoot, ".stage-*")); len(m) == 0 {
+		if m := stages(key); len(m) == 0 {
 			return fmt.Errorf("no stage")
 		}
 		return nil
@@ -252,7 +251,7 @@ func TestSIGKILLDuringDump(t *testing.T) {
 	default:
 		t.Errorf("last event %+v", last)
 	}
-	if m, _ := filepath.Glob(filepath.Join(storeRoot, ".stage-*")); len(m) != 0 {
+	if m := stages(key); len(m) != 0 {
 		t.Errorf("stage left: %v", m)
 	}
 	p.remove()
