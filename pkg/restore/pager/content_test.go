@@ -96,9 +96,10 @@ func TestContentOf(t *testing.T) {
 	dir := t.TempDir()
 	data, f := pagesFile(t, dir, 8*block)
 	sums := map[string]checkpoint.File{"pages-1.img": f}
-	// Lazy are blocks 1 and 2 but for the last page, and blocks 4 to 6.
+	// Lazy are blocks 1 and 2 but for the last page, and blocks 4 to 6, in two runs
+	// that meet within block 5.
 	runs := []criu.LazyRun{
-		{Addr: 1 << 30, Size: block, Off: 4 * block}, {Addr: 2 << 30, Size: 2 * block, Off: 5 * block},
+		{Addr: 1 << 30, Size: block + 3*pageSize, Off: 4 * block}, {Addr: 2 << 30, Size: 2*block - 3*pageSize, Off: 5*block + 3*pageSize},
 		{Addr: 3 << 30, Size: 2*block - pageSize, Off: block},
 	}
 	open := func() *criu.LazyMemory {

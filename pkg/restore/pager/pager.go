@@ -196,8 +196,7 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	return p, nil
 }
 
-// readAhead has the kernel read what it has not in memory. To look through a
-// gigabyte that it has takes it 20 ms.
+// readAhead has the kernel read what it has not in memory, beside what CRIU does.
 func (p *Pager) readAhead() {
 	for _, t := range p.mem.Tasks {
 		if t.Pages != nil {
