@@ -86,13 +86,22 @@ type pendingRestore struct {
 	phases  []event.Phase
 	// unverified: the blocks of memory are yet to be checked, by the pager.
 	unverified bool
-	hook       time.Duration // that the hook took, 0 without one
-	ran        bool          // the container's tasks have run, and it is gone
+	ran        bool // the container's tasks have run, and it is gone
 }
 
 // phase notes how long a part of the restore took.
 func (p *pendingRestore) phase(name string, took time.Duration) {
 	p.phases = append(p.phases, event.Phase{Name: name, Micros: took.Microseconds()})
+}
+
+// took is how long a part took, 0 where there was none.
+func (p *pendingRestore) took(name string) (d time.Duration) {
+	for _, part := range p.phases {
+		if part.Name == name {
+			d += time.Duration(part.Micros) * time.Microsecond
+		}
+	}
+	return d
 }
 
 // deferred are the files that a pager checks as it reads them.

@@ -32,19 +32,19 @@ var errHook = errors.New("the hook after the restore failed")
 // maxHookOutput is how much of a failed command's output, its end, is told.
 const maxHookOutput = 512
 
-// afterRestore runs the container's hook, if it has one, and notes in p how long
-// that took.
+// afterRestore runs the container's hook, if it has one, as a phase of the restore.
 func (s *service) afterRestore(ctx context.Context, c *container, l *lazyRestore, p *pendingRestore) error {
 	if c.settings.AfterRestore == "" {
 		return nil
 	}
 	begin := time.Now()
 	err := s.runHook(ctx, c, l)
-	p.hook = time.Since(begin)
+	took := time.Since(begin)
+	p.phase("hook", took)
 	if err != nil {
-		return fmt.Errorf("%w after %v: %s: %w", errHook, p.hook.Round(time.Millisecond), c.settings.AfterRestore, err)
+		return fmt.Errorf("%w after %v: %s: %w", errHook, took.Round(time.Millisecond), c.settings.AfterRestore, err)
 	}
-	log.G(ctx).WithFields(log.Fields{"op": "hook", "duration_ms": p.hook.Milliseconds()}).Info("hook after the restore")
+	log.G(ctx).WithFields(log.Fields{"op": "hook", "duration_ms": took.Milliseconds()}).Info("hook after the restore")
 	return nil
 }
 

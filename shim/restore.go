@@ -468,10 +468,11 @@ func (p *pendingRestore) phaseRunc(ctx context.Context, c *container, took time.
 	// containerd makes it a link to a directory that outlives the bundle.
 	work, err := filepath.EvalSymlinks(filepath.Join(c.bundle, "work"))
 	if err == nil {
-		var st criu.RestoreStats
-		if st, err = criu.ReadRestoreStats(work); err == nil {
-			p.phase("criu", min(st.Restore, took))
-			took -= min(st.Restore, took)
+		var own time.Duration
+		if own, err = criu.ReadRestoreTime(work); err == nil {
+			own = min(own, took)
+			p.phase("criu", own)
+			took -= own
 		}
 	}
 	if err != nil {
@@ -492,8 +493,8 @@ func (p *pendingRestore) restoredReason() string {
 	default:
 		parts = append(parts, "memory was read before the start: "+p.eager)
 	}
-	if p.hook > 0 {
-		parts = append(parts, fmt.Sprintf("hook in %v", p.hook.Round(time.Millisecond)))
+	if took := p.took("hook"); took > 0 {
+		parts = append(parts, fmt.Sprintf("hook in %v", took.Round(time.Millisecond)))
 	}
 	return strings.Join(parts, "; ")
 }

@@ -54,6 +54,16 @@ func copyImages(t *testing.T) string {
 	return dir
 }
 
+// viewOf is a view of the images, for a restore that changes some.
+func viewOf(t *testing.T, images string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "view")
+	if err := LinkImages(images, dir); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 // encode makes an image of messages.
 func encode(t testing.TB, magic uint32, ms ...proto.Message) []byte {
 	t.Helper()

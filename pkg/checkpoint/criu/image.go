@@ -243,3 +243,20 @@ func each[M proto.Message](d *images, name string, magic uint32, m M, f func(M) 
 		}
 	}
 }
+
+// replace writes an image anew, of these messages.
+func (d *images) replace(name string, magic uint32, ms ...proto.Message) error {
+	out := binary.LittleEndian.AppendUint32(nil, magicCommon)
+	out = binary.LittleEndian.AppendUint32(out, magic)
+	for _, m := range ms {
+		b, err := (proto.MarshalOptions{AllowPartial: true}).Marshal(m)
+		if err != nil {
+			return d.corrupt(name, "%v", err)
+		}
+		out = append(binary.LittleEndian.AppendUint32(out, uint32(len(b))), b...)
+	}
+	if err := replaceAt(d.fd, name, out); err != nil {
+		return fmt.Errorf("image %s: %w", filepath.Join(d.path, name), err)
+	}
+	return nil
+}

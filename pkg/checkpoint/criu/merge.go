@@ -1,10 +1,7 @@
 package criu
 
 import (
-	"encoding/binary"
-	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
@@ -69,15 +66,8 @@ func SetMergeable(imageDir, dir string, on bool) error {
 		if !changed {
 			continue
 		}
-		b, err := (proto.MarshalOptions{AllowPartial: true}).Marshal(&e)
-		if err != nil {
-			return d.corrupt(name, "%v", err)
-		}
-		out := binary.LittleEndian.AppendUint32(nil, magicCommon)
-		out = binary.LittleEndian.AppendUint32(out, magicMM)
-		out = binary.LittleEndian.AppendUint32(out, uint32(len(b)))
-		if err := replaceAt(view.fd, name, append(out, b...)); err != nil {
-			return fmt.Errorf("image %s: %w", filepath.Join(dir, name), err)
+		if err := view.replace(name, magicMM, &e); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -71,19 +71,12 @@ func TestSetMergeable(t *testing.T) {
 	off := image(func(i int) uint64 { return mappings[i].madv &^ mergeable })
 
 	images := copyImages(t)
-	view := func() string {
-		dir := filepath.Join(t.TempDir(), "view")
-		if err := LinkImages(images, dir); err != nil {
-			t.Fatal(err)
-		}
-		return dir
-	}
 	write(t, images+"/mm-99.img", dumped)
 	for _, tc := range []struct {
 		on   bool
 		want []byte
 	}{{true, on}, {false, off}} {
-		dir := view()
+		dir := viewOf(t, images)
 		if err := SetMergeable(images, dir, tc.on); err != nil {
 			t.Fatal(err)
 		}
@@ -116,7 +109,7 @@ func TestSetMergeable(t *testing.T) {
 	if err != nil || len(names) < 2 {
 		t.Fatalf("%v, %v", names, err)
 	}
-	dirOn, dirOff := view(), view()
+	dirOn, dirOff := viewOf(t, images), viewOf(t, images)
 	if err := errors.Join(SetMergeable(images, dirOn, true), SetMergeable(images, dirOff, false)); err != nil {
 		t.Fatal(err)
 	}
@@ -134,7 +127,7 @@ func TestSetMergeable(t *testing.T) {
 	}
 
 	write(t, images+"/mm-99.img", dumped[:len(dumped)-1])
-	if err := SetMergeable(images, view(), true); !errors.Is(err, checkpoint.ErrCorrupt) {
+	if err := SetMergeable(images, viewOf(t, images), true); !errors.Is(err, checkpoint.ErrCorrupt) {
 		t.Errorf("damaged image: %v", err)
 	}
 	if err := os.Remove(images + "/mm-99.img"); err != nil {

@@ -28,18 +28,9 @@ type DumpStats struct {
 // ReadDumpStats reads the file stats-dump. CRIU writes it into its work
 // directory, which is the image directory unless it was told otherwise.
 func ReadDumpStats(dir string) (DumpStats, error) {
-	d, err := openImages(dir)
+	s, err := readStats(dir, "stats-dump", (*stats.StatsEntry).GetDump)
 	if err != nil {
 		return DumpStats{}, err
-	}
-	defer d.Close()
-	var e stats.StatsEntry
-	if err := d.one(&e, "stats-dump", magicService, magicStats); err != nil {
-		return DumpStats{}, err
-	}
-	s := e.GetDump()
-	if s == nil {
-		return DumpStats{}, d.corrupt("stats-dump", "no statistics of a dump")
 	}
 	micros := func(n uint32) time.Duration { return time.Duration(n) * time.Microsecond }
 	return DumpStats{
@@ -55,33 +46,33 @@ func ReadDumpStats(dir string) (DumpStats, error) {
 	}, nil
 }
 
-// RestoreStats is what CRIU says about a restore that succeeded.
-type RestoreStats struct {
-	Forking time.Duration // until all tasks were made
-	Restore time.Duration // the whole, until they ran
+// ReadRestoreTime reads the file stats-restore, which CRIU writes into its work
+// directory, for how long the restore took, until the tasks ran.
+func ReadRestoreTime(dir string) (time.Duration, error) {
+	s, err := readStats(dir, "stats-restore", (*stats.StatsEntry).GetRestore)
+	if err != nil {
+		return 0, err
+	}
+	return time.Duration(s.GetRestoreTime()) * time.Microsecond, nil
 }
 
-// ReadRestoreStats reads the file stats-restore, which CRIU writes into its work
-// directory.
-func ReadRestoreStats(dir string) (RestoreStats, error) {
-	const name = "stats-restore"
+// readStats reads one of CRIU's files of statistics; of returns those of the kind
+// that the file is to have.
+func readStats[S any](dir, name string, of func(*stats.StatsEntry) *S) (*S, error) {
 	d, err := openImages(dir)
 	if err != nil {
-		return RestoreStats{}, err
+		return nil, err
 	}
 	defer d.Close()
 	var e stats.StatsEntry
 	if err := d.one(&e, name, magicService, magicStats); err != nil {
-		return RestoreStats{}, err
+		return nil, err
 	}
-	s := e.GetRestore()
+	s := of(&e)
 	if s == nil {
-		return RestoreStats{}, d.corrupt(name, "no statistics of a restore")
+		return nil, d.corrupt(name, "no statistics of this kind")
 	}
-	return RestoreStats{
-		Forking: time.Duration(s.GetForkingTime()) * time.Microsecond,
-		Restore: time.Duration(s.GetRestoreTime()) * time.Microsecond,
-	}, nil
+	return s, nil
 }
 
 // Inventory is what an image directory says about itself. CRIU's own version

@@ -1,12 +1,6 @@
 package criu
 
 import (
-	"encoding/binary"
-	"errors"
-	"fmt"
-	"io"
-	"path/filepath"
-
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/timerfd"
 	"google.golang.org/protobuf/proto"
@@ -30,48 +24,28 @@ func RearmTimers(imageDir, dir string) error {
 		return err
 	}
 	defer d.Close()
-	img, err := d.open(filesImage, magicCommon, magicFiles)
-	if absent(err) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer img.Close()
-	out := binary.LittleEndian.AppendUint32(nil, magicCommon)
-	out = binary.LittleEndian.AppendUint32(out, magicFiles)
+	var files []proto.Message
 	rearmed := 0
-	for {
-		var e fdinfo.FileEntry
-		err := img.next(&e)
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
+	err = each(d, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
 		if t := e.Tfd; t != nil && stopped(t) {
 			t.Vnsec = proto.Uint64(1) // at once; what it had counted stays in ticks
 			rearmed++
 		}
-		b, err := (proto.MarshalOptions{AllowPartial: true}).Marshal(&e)
-		if err != nil {
-			return img.bad("%v", err)
-		}
-		out = append(binary.LittleEndian.AppendUint32(out, uint32(len(b))), b...)
-	}
-	if rearmed == 0 {
+		files = append(files, proto.CloneOf(e))
 		return nil
+	})
+	if absent(err) || err == nil && rearmed == 0 {
+		return nil
+	}
+	if err != nil {
+		return err
 	}
 	view, err := openImages(dir)
 	if err != nil {
 		return err
 	}
 	defer view.Close()
-	if err := replaceAt(view.fd, filesImage, out); err != nil {
-		return fmt.Errorf("image %s: %w", filepath.Join(dir, filesImage), err)
-	}
-	return nil
+	return view.replace(filesImage, magicFiles, files...)
 }
 
 // stopped tells whether a restore would stop a timer that only waits to be read.

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"os"
-	"path/filepath"
 	"testing"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
@@ -30,16 +29,9 @@ func TestRearmTimers(t *testing.T) {
 		timer(4, 3, 0, 1, 1, 0),
 	}
 	images := copyImages(t)
-	view := func() string {
-		dir := filepath.Join(t.TempDir(), "view")
-		if err := LinkImages(images, dir); err != nil {
-			t.Fatal(err)
-		}
-		return dir
-	}
 	original := encode(t, magicFiles, fine...)
 	write(t, images+"/files.img", original)
-	dir := view()
+	dir := viewOf(t, images)
 	if err := RearmTimers(images, dir); err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +41,7 @@ func TestRearmTimers(t *testing.T) {
 
 	original = encode(t, magicFiles, append(fine, timer(5, 7, 0, 0, 1, 0), timer(6, 1, 0, 0, 0, 20), other)...)
 	write(t, images+"/files.img", original)
-	dir = view()
+	dir = viewOf(t, images)
 	if err := RearmTimers(images, dir); err != nil {
 		t.Fatal(err)
 	}
@@ -65,13 +57,13 @@ func TestRearmTimers(t *testing.T) {
 	}
 
 	write(t, images+"/files.img", original[:len(original)-1])
-	if err := RearmTimers(images, view()); !errors.Is(err, checkpoint.ErrCorrupt) {
+	if err := RearmTimers(images, viewOf(t, images)); !errors.Is(err, checkpoint.ErrCorrupt) {
 		t.Errorf("damaged image: %v", err)
 	}
 	if err := os.Remove(images + "/files.img"); err != nil {
 		t.Fatal(err)
 	}
-	if err := RearmTimers(images, view()); err != nil {
+	if err := RearmTimers(images, viewOf(t, images)); err != nil {
 		t.Errorf("without an image: %v", err)
 	}
 }

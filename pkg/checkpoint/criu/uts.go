@@ -1,7 +1,6 @@
 package criu
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -56,15 +55,8 @@ func RewriteHostname(imageDir, hostname string) error {
 		if e.Domainname == nil {
 			return d.corrupt(name, "no domain name")
 		}
-		b, err := proto.Marshal(&e)
-		if err != nil {
-			return d.corrupt(name, "%v", err)
-		}
-		out := binary.LittleEndian.AppendUint32(nil, magicCommon)
-		out = binary.LittleEndian.AppendUint32(out, magicUTS)
-		out = binary.LittleEndian.AppendUint32(out, uint32(len(b)))
-		if err := replaceAt(d.fd, name, append(out, b...)); err != nil {
-			return fmt.Errorf("image %s: %w", filepath.Join(imageDir, name), err)
+		if err := d.replace(name, magicUTS, &e); err != nil {
+			return err
 		}
 	}
 	return nil

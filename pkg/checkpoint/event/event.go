@@ -69,8 +69,8 @@ type Event struct {
 // Phase is a part of what the shim did for a restore: "claim" of the checkpoint,
 // "prepare" (checks, images, host facts), "verify" of checksums, "layers", "create"
 // of the inner object, "pager" (with the process that holds its descriptors),
-// "runc" without "criu", which is what CRIU says that it took, and "eager", all of
-// a second try without a pager.
+// "runc" without "criu", which is what CRIU says that it took, "eager", all of a
+// second try without a pager, and "hook", what the pod has run after it.
 type Phase struct {
 	Name   string `json:"name"`
 	Micros int64  `json:"micros"`
