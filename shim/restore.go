@@ -253,7 +253,8 @@ func emptyDir(dir string) error {
 
 // refuse tells why a checkpoint was not used and puts it where it belongs. It
 // returns nil where the container is to be started cold, and the error that
-// fails the start where the pod asked for that.
+// fails the start where the pod asked for that, or where the caller, whose
+// context ctx is, has given it up and the checkpoint waits for the next start.
 func (s *service) refuse(ctx context.Context, c *container, id checkpoint.ID, p *pendingRestore, err error) error {
 	code := reasonCode(err)
 	var refusal *restore.Refusal
@@ -262,15 +263,23 @@ func (s *service) refuse(ctx context.Context, c *container, id checkpoint.ID, p 
 	}
 	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
 	defer cancel()
+	givenUp := ctx.Err() != nil && (refusal == nil || code == restore.Aborted) && !errors.Is(err, errHook)
 	var undone error
 	if p != nil {
 		undone = s.cleanRestore(cleanup, c, p)
-		s.setAside(cleanup, c, p, code, err)
+		if quarantined := s.setAside(cleanup, c, p, code, err); quarantined {
+			givenUp = false
+		}
 	}
 	if undone != nil {
 		// A cold start on a half restored file system would be worse than none.
 		err = fmt.Errorf("%w; undo: %w", err, undone)
 		s.event(cleanup, c, event.Event{Type: event.RestoreFail, CheckpointID: id, Reason: err.Error(), ReasonCode: code})
+		return errgrpc.ToGRPC(fmt.Errorf("container %q: %w", c.id, err))
+	}
+	if givenUp {
+		err = fmt.Errorf("the start was given up by its caller, and the checkpoint is kept: %w", err)
+		s.event(cleanup, c, event.Event{Type: event.RestoreFail, CheckpointID: id, Reason: err.Error(), ReasonCode: restore.Aborted})
 		return errgrpc.ToGRPC(fmt.Errorf("container %q: %w", c.id, err))
 	}
 	e := event.Event{Type: event.ColdStart, CheckpointID: id, Reason: err.Error(), ReasonCode: code}
@@ -288,8 +297,8 @@ func (s *service) refuse(ctx context.Context, c *container, id checkpoint.ID, p 
 // setAside ends the claim of a checkpoint that was not restored. One that fits
 // another spec is given back; one that is damaged, or that CRIU refused, would
 // only fail again and is quarantined with the log. A template is for many
-// containers, and quarantined only where it is damaged.
-func (s *service) setAside(ctx context.Context, c *container, p *pendingRestore, code string, reason error) {
+// containers, and quarantined only where it is damaged. It tells which it was.
+func (s *service) setAside(ctx context.Context, c *container, p *pendingRestore, code string, reason error) (quarantined bool) {
 	var err error
 	fatal := code == "corrupt"
 	switch code {
@@ -311,6 +320,7 @@ func (s *service) setAside(ctx context.Context, c *container, p *pendingRestore,
 	if err != nil {
 		log.G(ctx).WithError(err).Error("checkpoint stays claimed until the daemon sweeps")
 	}
+	return fatal
 }
 
 func readTail(name string, limit int64) ([]byte, error) {
@@ -372,9 +382,12 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	if err == nil {
 		cause = s.afterRestore(ctx, c, lazy, p)
 	}
-	// A caller that goes away must not leave half of what follows: a checkpoint
-	// that was restored and not consumed would be restored once more, when the
-	// shim ends and its claim with it.
+	// A caller that went away deletes what it has asked for: the container must
+	// not take its checkpoint with it. Who goes away from here on must not leave
+	// half of what follows.
+	if err == nil && cause == nil && ctx.Err() != nil {
+		cause = fmt.Errorf("restored too late: %w", ctx.Err())
+	}
 	caller := ctx
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
 	defer cancel()
@@ -433,17 +446,17 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	}
 	defer end()
 	if lerr := s.abandonLazy(ctx, c); err != nil || lerr != nil {
-		if p.ran {
+		if errors.Is(cause, errHook) {
 			s.setAside(ctx, c, p, reasonCode(cause), cause)
 		} else {
 			s.returnRestore(ctx, c, p, err)
 		}
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %q: delete after failed restore: %w", c.id, errors.Join(cause, errgrpc.ToNative(err), lerr)))
 	}
-	if p.ran && m.Template != "" && c.settings.OnFailure != checkpoint.OnFailureFail {
+	if errors.Is(cause, errHook) && m.Template != "" && c.settings.OnFailure != checkpoint.OnFailureFail {
 		s.rememberClone(c, m.ID, 0) // another restart in this sandbox need not try again
 	}
-	if err := s.refuse(ctx, c, m.ID, p, cause); err != nil {
+	if err := s.refuse(caller, c, m.ID, p, cause); err != nil {
 		return nil, err
 	}
 	if caller.Err() != nil {

@@ -17,8 +17,10 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/stasis-containers/stasis/nri/eventlog"
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 )
@@ -123,16 +125,33 @@ func stateOf(t *testing.T, st *store.Store) store.State {
 }
 
 // TestRestoredCallerGone: a caller that goes away while the restore succeeds
-// does not leave the checkpoint to be restored a second time.
+// deletes the container; the checkpoint is there for the next one.
 func TestRestoredCallerGone(t *testing.T) {
 	s, i, _, st := pending(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	i.start = func() error { cancel(); return nil }
-	if _, err := s.Start(ctx, &taskAPI.StartRequest{ID: "c"}); err != nil {
+	i.start = func() error { i.running = true; cancel(); return nil }
+	go func() { i.wait <- &taskAPI.WaitResponse{ExitStatus: 137} }()
+	if _, err := s.Start(ctx, &taskAPI.StartRequest{ID: "c"}); err == nil {
+		t.Fatal("started")
+	}
+	if got := strings.Join(i.calls, " "); got != "start kill delete" {
+		t.Errorf("inner calls %q", got)
+	}
+	if got := stateOf(t, st); got != store.Committed {
+		t.Errorf("the checkpoint is %q, want it committed", got)
+	}
+	wantGivenUp(t, st)
+}
+
+// wantGivenUp checks that the log says of the only restore that it was given up.
+func wantGivenUp(t *testing.T, st *store.Store) {
+	t.Helper()
+	var got []event.Event
+	if err := eventlog.Read(st.Root(), func(e event.Event) { got = append(got, e) }); err != nil {
 		t.Fatal(err)
 	}
-	if got := stateOf(t, st); got != "" {
-		t.Errorf("the checkpoint is %s, want it consumed", got)
+	if len(got) != 1 || !got[0].GivenUp() {
+		t.Errorf("events %+v, want one start that was given up", got)
 	}
 }
 
@@ -157,6 +176,7 @@ func TestRestoreAbandoned(t *testing.T) {
 	if entries, _ := os.ReadDir(c.upper); len(entries) != 0 {
 		t.Errorf("the writable layer holds %v", entries)
 	}
+	wantGivenUp(t, st)
 }
 
 // TestRestoreFailsLate: processes that ran when runc failed are gone before the

@@ -55,7 +55,9 @@ Types:
   restored        a container goes on from a checkpoint
   cold-start      there was a checkpoint, but it was not used
   restore-failed  the start was made to fail, as the pod asked for; or the
-                  container was killed because its memory could not be filled
+                  container was killed because its memory could not be filled;
+                  or, with the code "aborted", who asked for the start did not
+                  wait for its end, and the next start restores
   quarantined     a checkpoint was set aside
   ignored         an annotation was refused
   removed         a checkpoint was removed

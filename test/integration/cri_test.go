@@ -51,7 +51,9 @@ type node struct {
 func newNode(t testing.TB) *node {
 	t.Helper()
 	testenv.Need(t, testenv.Root, testenv.CRIU, testenv.Runc, testenv.Node)
-	conn, err := grpc.NewClient(criSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	// The calls of a test that restarts containerd wait for it, as long as any call may take.
+	conn, err := grpc.NewClient(criSocket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -46,7 +47,11 @@ func restart(t *testing.T, name string) {
 		defer unix.Close(fd)
 		syscall.Kill(pid, syscall.SIGKILL)
 		// Its locks are free when it has ended.
-		if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10_000); n != 1 {
+		n, err := 0, error(unix.EINTR)
+		for errors.Is(err, unix.EINTR) {
+			n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10_000)
+		}
+		if n != 1 {
 			t.Errorf("%s does not end: %v", name, err)
 		}
 	}

@@ -33,7 +33,7 @@ const (
 	DumpFailed  Type = "dump-failed"    // the container got its signal instead; Reason says why
 	Restored    Type = "restored"       // a container goes on from a checkpoint
 	ColdStart   Type = "cold-start"     // a checkpoint was there, but not used; Reason says why
-	RestoreFail Type = "restore-failed" // strict: the start was made to fail; or, with code "pager", the container was killed after it
+	RestoreFail Type = "restore-failed" // strict: the start was made to fail; or, with code "pager", the container was killed after it; or see [Event.GivenUp]
 	Quarantined Type = "quarantined"    // a checkpoint was set aside for study
 	Ignored     Type = "ignored"        // annotations have no effect; Reason says which and why
 	Removed     Type = "removed"        // a checkpoint was removed, by whom Reason says
@@ -65,6 +65,10 @@ type Event struct {
 	// event after a power cut.
 	Volatile bool `json:"-"`
 }
+
+// GivenUp tells of a restore whose caller waited no longer: its container is gone,
+// and the checkpoint waits for the next one.
+func (e *Event) GivenUp() bool { return e.Type == RestoreFail && e.ReasonCode == "aborted" }
 
 // Phase is a part of what the shim did for a restore: "claim" of the checkpoint,
 // "prepare" (checks, images, host facts), "verify" of checksums, "layers", "create"

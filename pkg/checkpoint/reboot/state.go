@@ -99,6 +99,9 @@ func (t *Tracker) observe(i int, e event.Event) {
 	case event.Restored:
 		*is = told{Restored, ""}
 	case event.ColdStart, event.RestoreFail:
+		if e.GivenUp() {
+			return
+		}
 		*is = told{Cold, e.Reason}
 	case event.Quarantined, event.Removed:
 		if is.state != "" {

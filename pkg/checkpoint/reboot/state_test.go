@@ -19,6 +19,8 @@ func TestReport(t *testing.T) {
 	ev := func(typ event.Type, id checkpoint.ID, reason string) event.Event {
 		return event.Event{Time: after, Type: typ, Identity: &ia, ContainerID: "ctr-next", CheckpointID: id, Reason: reason}
 	}
+	givenUp := ev(event.RestoreFail, a.CheckpointID, "the kubelet did not wait")
+	givenUp.ReasonCode = "aborted"
 	for name, tc := range map[string]struct {
 		entry   Entry
 		events  []event.Event
@@ -36,6 +38,8 @@ func TestReport(t *testing.T) {
 		"set aside, then cold": {a, []event.Event{ev(event.Quarantined, a.CheckpointID, "cpu"), ev(event.ColdStart, a.CheckpointID, "cpu flag avx2")},
 			nil, Cold, "avx2"},
 		"strict":                  {a, []event.Event{ev(event.RestoreFail, a.CheckpointID, "image")}, committed, Cold, "image"},
+		"given up":                {a, []event.Event{givenUp}, committed, Pending, ""},
+		"given up, then restored": {a, []event.Event{givenUp, ev(event.Restored, a.CheckpointID, "")}, nil, Restored, ""},
 		"cold, then restored":     {a, []event.Event{ev(event.ColdStart, a.CheckpointID, "busy"), ev(event.Restored, a.CheckpointID, "")}, nil, Restored, ""},
 		"restored, then removed":  {a, []event.Event{ev(event.Restored, a.CheckpointID, ""), ev(event.Removed, a.CheckpointID, "x")}, nil, Restored, ""},
 		"not looked up":           {a, []event.Event{ev(event.ColdStart, "", "the store did not answer")}, committed, Cold, "did not answer"},
