@@ -26,9 +26,10 @@ type Options struct {
 	// WorkDir is the directory in which CRIU works: runc's --work-path, or
 	// CRIU's own. CRIU looks for the socket there.
 	WorkDir string
-	// Threads copy in bulk, beside the one that answers faults. The default
-	// leaves half of the CPUs to the tasks, and is four at most: one or two are
-	// nearly as fast as memory allows.
+	// Threads copy in bulk, beside the one that answers faults; where there are
+	// none, a negative number, that one does it between faults. The default is none
+	// for up to two CPUs; else it leaves half of them to the tasks, and is four at
+	// most: one or two are nearly as fast as memory allows.
 	Threads int
 	// RestoreTimeout bounds the time from the start to CRIU's message that the
 	// restore is done; default two minutes.
@@ -127,9 +128,10 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	if os.Getpagesize() != pageSize {
 		return nil, fmt.Errorf("pager: pages of %d bytes: %w", os.Getpagesize(), errdefs.ErrNotImplemented)
 	}
-	if opt.Threads <= 0 {
-		opt.Threads = min(max(runtime.NumCPU()/2, 1), 4)
+	if opt.Threads == 0 && runtime.NumCPU() > 2 {
+		opt.Threads = min(runtime.NumCPU()/2, 4)
 	}
+	opt.Threads = max(opt.Threads, 0)
 	if opt.RestoreTimeout <= 0 {
 		opt.RestoreTimeout = 2 * time.Minute
 	}
@@ -374,6 +376,7 @@ func (p *Pager) setReady() {
 			defer p.mu.Unlock()
 			p.rest = true
 			p.cond.Broadcast()
+			p.wakeServer()
 		})
 		p.atEnd(func() { timer.Stop() })
 	}
@@ -383,7 +386,8 @@ func (p *Pager) setReady() {
 
 // serve answers faults and follows events.
 func (p *Pager) serve() {
-	looked, progress := uint64(0), time.Now()
+	looked, progress, filled := uint64(0), time.Now(), time.Now()
+	var w window // of the bulk, where no other thread does it
 	for wait := idleWait; ; {
 		due, err := p.poll(wait)
 		if err != nil {
@@ -402,6 +406,18 @@ func (p *Pager) serve() {
 				return
 			}
 		}
+		// Faults come first; but a program that never stops to have some is to get
+		// all of its memory, too.
+		if p.opt.Threads == 0 && (len(due) == 0 || time.Since(filled) > busyTime) {
+			if s := p.next(); s != nil {
+				filled = time.Now()
+				// Where it is changing the event that tells how is read next.
+				if err := p.piece(s, &w); err != nil && !errors.Is(err, errChanging) {
+					p.end(err)
+					return
+				}
+			}
+		}
 		left, deferred, err := p.finishFull(ready)
 		if err != nil {
 			p.end(err)
@@ -411,9 +427,13 @@ func (p *Pager) serve() {
 			p.end(nil)
 			return
 		}
-		wait = idleWait
-		if deferred {
+		switch {
+		case p.opt.Threads == 0 && p.next() != nil:
+			wait = 0
+		case deferred:
 			wait = retryWait
+		default:
+			wait = idleWait
 		}
 		if now := p.looked.Load(); now != looked || !ready {
 			looked, progress = now, time.Now()
@@ -499,6 +519,9 @@ func (p *Pager) finishFull(ready bool) (left int, deferred bool, err error) {
 
 // finish closes a space if nothing is left to be done in it.
 func (p *Pager) finish(s *space, ready bool) (bool, error) {
+	if idle, gone := s.idle(); !idle && !gone {
+		return false, nil // a copy may hold rw
+	}
 	s.rw.Lock()
 	defer s.rw.Unlock()
 	idle, gone := s.idle()
@@ -533,14 +556,11 @@ func (p *Pager) fill() {
 		if s == nil {
 			return
 		}
-		err := s.bulk(&w)
+		err := p.piece(s, &w)
 		switch {
-		case err == nil:
 		case errors.Is(err, errChanging):
 			time.Sleep(retryWait) // the server reads what it is
-		case errors.Is(err, errExited):
-			s.setGone()
-		default:
+		case err != nil:
 			p.end(err)
 			return
 		}
@@ -549,34 +569,56 @@ func (p *Pager) fill() {
 			p.wakeServer()
 			p.mu.Unlock()
 		}
-		if p.opt.pause > 0 {
-			time.Sleep(p.opt.pause)
-		}
 	}
 }
 
-// nextSpace waits for a space with something to do, of which one with memory that
-// will be asked for comes first; nil at the end.
+// piece copies one piece of the bulk.
+func (p *Pager) piece(s *space, w *window) error {
+	err := s.bulk(w)
+	if errors.Is(err, errExited) {
+		s.setGone()
+		err = nil
+	}
+	if p.opt.pause > 0 {
+		time.Sleep(p.opt.pause)
+	}
+	return err
+}
+
+// nextSpace waits for a space with something to do; nil at the end.
 func (p *Pager) nextSpace() *space {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for !p.ended {
-		if p.ready {
-			var next *space
-			for _, s := range p.spaces {
-				waits, hot := s.waits()
-				if hot {
-					return s
-				}
-				if waits {
-					next = s
-				}
-			}
-			if next != nil && p.rest {
-				return next
-			}
+		if s := p.nextLocked(); s != nil {
+			return s
 		}
 		p.cond.Wait()
 	}
 	return nil
+}
+
+// next finds a space with something to do now, of which one with memory that will
+// be asked for comes first; nil for none.
+func (p *Pager) next() *space {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.nextLocked()
+}
+
+// nextLocked is next for a caller that holds mu.
+func (p *Pager) nextLocked() (next *space) {
+	if !p.ready {
+		return nil
+	}
+	for _, s := range p.spaces {
+		waits, hot := s.waits()
+		if hot {
+			return s
+		}
+		if waits && p.rest {
+			next = s
+		}
+	}
+	return next
 }

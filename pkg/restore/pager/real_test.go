@@ -235,9 +235,13 @@ func present(t *testing.T, pid int, addr uint64) bool {
 // TestRealStress changes memory in all ways while it is being filled.
 func TestRealStress(t *testing.T) {
 	tm := dump(t, 64<<20, 1)
-	for _, command := range []string{"verify", "remove", "unmap", "remap", "drop", "protect", "fork"} {
-		t.Run(command, func(t *testing.T) {
-			p := tm.restore(t, Options{pause: 4 * time.Millisecond, Threads: 2}) // half a second in all
+	for i, command := range slices.Repeat([]string{"verify", "remove", "unmap", "remap", "drop", "protect", "fork"}, 2) {
+		name, opt := command, Options{pause: 4 * time.Millisecond, Threads: 2} // half a second in all
+		if i >= 7 {
+			name, opt = command+", one thread for all", Options{pause: time.Millisecond, Threads: -1}
+		}
+		t.Run(name, func(t *testing.T) {
+			p := tm.restore(t, opt)
 			if err := ask(t, tm.addresses[0], command); err != nil {
 				t.Errorf("%v; %+v", err, p.Stats())
 			}

@@ -126,6 +126,7 @@ type timing struct {
 	requests                []request
 	fill                    float64 // bytes a second; 0 where memory was full at the start
 	container               string
+	phases                  []event.Phase
 }
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -185,7 +186,7 @@ func (n *node) whole(ctx context.Context, s service, annotations, answers map[st
 		return t, err
 	}
 	if answers != nil {
-		if err := p.restored(); err != nil {
+		if t.phases, err = p.restored(); err != nil {
 			return t, err
 		}
 	}
@@ -195,8 +196,9 @@ func (n *node) whole(ctx context.Context, s service, annotations, answers map[st
 	return t, err
 }
 
-// restored tells whether the event log says that the pod's container was.
-func (p *pod) restored() error {
+// restored returns the parts of the restore of the pod's container, which the
+// event log must have as its latest.
+func (p *pod) restored() ([]event.Phase, error) {
 	last := event.Event{}
 	err := eventlog.Read(storeRoot, func(e event.Event) {
 		if e.Identity != nil && e.Identity.Key == p.config.Metadata.Uid {
@@ -206,7 +208,7 @@ func (p *pod) restored() error {
 	if err == nil && last.Type != event.Restored {
 		err = fmt.Errorf("not restored: %s %s", last.Type, last.Reason)
 	}
-	return err
+	return last.Phases, err
 }
 
 // template is a template with what its source answers.
@@ -296,7 +298,7 @@ func (n *node) atOnce(ctx context.Context, t *template, count int, merge bool) (
 	}
 	ids := []string{}
 	for i, p := range pods {
-		if err := p.restored(); err != nil {
+		if _, err := p.restored(); err != nil {
 			return r, err
 		}
 		r.EachMs = append(r.EachMs, timings[i].first)

@@ -19,6 +19,9 @@ const (
 
 var ways = []string{wayCold, wayRunc, wayLazy, wayClone}
 
+// phases are those of a restore, in their order.
+var phases = []string{"claim", "prepare", "verify", "layers", "create", "pager", "criu", "runc", "eager", "hook", "outside"}
+
 // report is the JSON file. Times are in milliseconds, sizes in bytes.
 type report struct {
 	Machine  machineFacts     `json:"machine"`
@@ -51,8 +54,11 @@ type wayReport struct {
 	First     []float64 `json:"firstAnswerMs"`
 	ColdCache []float64 `json:"firstAnswerColdPageCacheMs,omitempty"`
 	Fill      []float64 `json:"fillBytesPerSecond,omitempty"`
-	Second    latency   `json:"firstSecond"`
-	Window    latency   `json:"window"`
+	// Phases are the parts of a clone's start, see [event.Phase], by name; "outside"
+	// is what they leave of it, of containerd, NRI and the daemon.
+	Phases map[string][]float64 `json:"phasesMs,omitempty"`
+	Second latency              `json:"firstSecond"`
+	Window latency              `json:"window"`
 
 	second, window []float64
 }
@@ -92,6 +98,18 @@ func (w *wayReport) add(t timing) {
 	w.Started, w.First = append(w.Started, t.started), append(w.First, t.first)
 	if t.fill > 0 {
 		w.Fill = append(w.Fill, t.fill)
+	}
+	if len(t.phases) > 0 {
+		if w.Phases == nil {
+			w.Phases = map[string][]float64{}
+		}
+		outside := t.started
+		for _, p := range t.phases {
+			took := float64(p.Micros) / 1e3
+			w.Phases[p.Name] = append(w.Phases[p.Name], took)
+			outside -= took
+		}
+		w.Phases["outside"] = append(w.Phases["outside"], outside)
 	}
 	for _, r := range t.requests {
 		if r.due < time.Second {
@@ -163,6 +181,15 @@ func (r *report) text() string {
 			}
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s, %s\t%s, %s\n", way, spread(x.First), spread(x.Created), spread(x.Started), spread(x.ColdCache), spread(gb),
 				short(x.Second.P50), short(x.Second.P99), short(x.Window.P50), short(x.Window.P99))
+		}
+		if p := s.Ways[wayClone].Phases; len(p) > 0 {
+			var parts []string
+			for _, name := range phases {
+				if v := p[name]; len(v) > 0 {
+					parts = append(parts, name+" "+short(median(v)))
+				}
+			}
+			fmt.Fprintf(w, "start of a clone: %s\n", strings.Join(parts, ", "))
 		}
 		if s.CacheLeft > 0.01 {
 			fmt.Fprintf(w, "the page cache was not cold: %.0f %% of the template stayed in it\n", 100*s.CacheLeft)
