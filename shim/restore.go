@@ -131,8 +131,8 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	if p.plan, err = restore.Prepare(ctx, r); err != nil {
 		return err
 	}
-	p.phase("verify", p.verify)
-	p.phase("prepare", time.Since(begin)-p.verify)
+	p.phase("verify", p.plan.VerifyWait)
+	p.phase("prepare", time.Since(begin)-p.plan.VerifyWait)
 	begin = time.Now()
 	if err := s.applyLayers(ctx, c, p); err != nil {
 		return err

@@ -97,6 +97,8 @@ type Plan struct {
 	Volumes    []Volume
 	// CRIU is for the configuration file of the restore.
 	CRIU criu.ConfigOptions
+	// VerifyWait is for how long everything else had to wait for Verify.
+	VerifyWait time.Duration
 }
 
 // Volume is a memory-backed mount whose content is to be made again.
@@ -157,16 +159,29 @@ func prepare(ctx context.Context, r Request) (*Plan, error) {
 		}
 		plan.Volumes = append(plan.Volumes, Volume{Destination: v.Destination, Mount: mount, File: filepath.Join(r.Dir, filepath.FromSlash(v.File))})
 	}
-	if err := r.Verify(ctx); err != nil {
-		return nil, fmt.Errorf("verify: %w", err)
+	// The checksums are compared beside what follows, which expects the worst of
+	// every file in any case. That a file is damaged explains more than what comes
+	// of it.
+	verified := make(chan error, 1)
+	go func() { verified <- r.Verify(ctx) }()
+	err := r.lay(ctx, plan)
+	begin := time.Now()
+	if verr := <-verified; verr != nil {
+		return nil, fmt.Errorf("verify: %w", verr)
 	}
-	images := filepath.Join(r.Dir, checkpoint.ImageDir)
+	plan.VerifyWait = time.Since(begin)
+	return plan, err
+}
+
+// lay checks the images against the spec, and lays out what CRIU is to read.
+func (r *Request) lay(ctx context.Context, plan *Plan) error {
+	m, images := r.Manifest, filepath.Join(r.Dir, checkpoint.ImageDir)
 	if err := criu.CheckAgainstSpec(images, r.Spec); err != nil {
-		return nil, err
+		return err
 	}
 	inv, err := criu.ReadInventory(images)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	// What was dumped without its connections cannot be restored with them;
 	// the other way round it can.
@@ -176,28 +191,28 @@ func prepare(ctx context.Context, r Request) (*Plan, error) {
 	}
 	plan.CRIU = criu.RestoreOptions(tcp, false)
 	if err := ctx.Err(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := criu.LinkImages(images, r.ImageDir); err != nil {
-		return nil, err
+		return err
 	}
 	if err := criu.RearmTimers(images, r.ImageDir); err != nil {
-		return nil, err
+		return err
 	}
 	// A clone offers its memory for merging if its own pod wants that, whatever
 	// the source did; what goes on from a checkpoint of its own is as it was.
 	// Where there is no merging CRIU would fail.
 	if m.Template != "" || !r.CanMerge {
 		if err := criu.SetMergeable(images, r.ImageDir, m.Template != "" && r.Settings.Merge && r.CanMerge); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	if r.Hostname != "" {
 		if err := criu.RewriteHostname(r.ImageDir, r.Hostname); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return plan, nil
+	return nil
 }
 
 // match compares what names the container: a difference is no fault, but a

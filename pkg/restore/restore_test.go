@@ -178,6 +178,10 @@ func TestPrepareRefuses(t *testing.T) {
 		"damage": {func(r *Request) {
 			r.Verify = func(context.Context) error { return fmt.Errorf("x.img: %w", checkpoint.ErrCorrupt) }
 		}, Corrupt, "x.img"},
+		"damage that shows": {func(r *Request) {
+			os.WriteFile(r.Dir+"/checkpoint/pstree.img", nil, 0o600)
+			r.Verify = func(context.Context) error { return fmt.Errorf("pstree.img has 0 bytes: %w", checkpoint.ErrCorrupt) }
+		}, Corrupt, "verify: pstree.img has 0 bytes"},
 		"unreadable":   {func(r *Request) { r.Verify = func(context.Context) error { return os.ErrPermission } }, Internal, "verify"},
 		"gone":         {func(r *Request) { os.RemoveAll(r.Dir) }, Missing, "open image directory"},
 		"empty images": {func(r *Request) { os.WriteFile(r.Dir+"/checkpoint/pstree.img", nil, 0o600) }, Corrupt, "pstree.img"},
