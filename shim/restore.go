@@ -31,6 +31,7 @@ import (
 // reason has been told.
 func (s *service) createRestored(ctx context.Context, c *container, rawID string) (*taskAPI.CreateTaskResponse, error) {
 	start := time.Now()
+	defer collectLess()()
 	id, err := checkpoint.ParseID(rawID)
 	if err != nil {
 		return nil, s.refuse(ctx, c, "", nil, err)
@@ -344,6 +345,7 @@ func readTail(name string, limit int64) ([]byte, error) {
 // startRestored lets runc restore and runs the hook, and starts the container
 // cold where one of them fails and the pod does not ask for strictness.
 func (s *service) startRestored(ctx context.Context, c *container, p *pendingRestore, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
+	defer collectLess()()
 	m := p.claim.Manifest()
 	ctx = withFields(ctx, log.Fields{"checkpoint_id": m.ID})
 	var outputs error // why they are not held

@@ -146,7 +146,7 @@ func (d *images) open(name string, magics ...uint32) (*image, error) {
 }
 
 func newImage(d *images, name string, r io.Reader, size int64, magics ...uint32) (*image, error) {
-	img := &image{d: d, name: name, r: bufio.NewReaderSize(r, 64<<10), left: size}
+	img := &image{d: d, name: name, r: bufio.NewReaderSize(r, int(min(size, 64<<10))), left: size}
 	for _, want := range magics {
 		got, err := img.u32()
 		if err != nil {

@@ -88,9 +88,9 @@ func Apply(ctx context.Context, r io.Reader, dir string, opt Options) (Applied, 
 	if opt.MaxEntries == 0 {
 		opt.MaxEntries = DefaultMaxEntries
 	}
-	a := &applier{opt: opt, inodes: map[string]uint64{}, buf: make([]byte, bufferSize)}
+	a := &applier{opt: opt, inodes: map[string]uint64{}}
 	a.out.dir = dir
-	if err := a.run(ctx, bufio.NewReaderSize(r, bufferSize)); err != nil {
+	if err := a.run(ctx, bufio.NewReaderSize(r, streamSize)); err != nil {
 		return a.out, fmt.Errorf("apply to %s: %w", dir, err)
 	}
 	return a.out, nil
@@ -346,7 +346,8 @@ func (a *applier) content(ctx context.Context, fd int, e *entry) error {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			b := a.buf[:min(s.len, bufferSize)]
+			a.buf = grown(a.buf, min(s.len, bufferSize))
+			b := a.buf
 			if err := a.dec.body(b); err != nil {
 				return err
 			}

@@ -47,8 +47,8 @@ func Capture(ctx context.Context, w io.Writer, dir string) (Stats, error) {
 		return Stats{}, fmt.Errorf("layer: capture: %w", err)
 	}
 	defer unix.Close(root)
-	bw := bufio.NewWriterSize(w, bufferSize)
-	c := &capturer{root: root, buf: make([]byte, bufferSize), links: map[inode]string{}}
+	bw := bufio.NewWriterSize(w, streamSize)
+	c := &capturer{root: root, links: map[inode]string{}}
 	if c.enc, err = newEncoder(bw); err == nil {
 		if err = c.visit(ctx, "."); err == nil {
 			if err = c.enc.close(); err == nil {
@@ -132,7 +132,8 @@ func (c *capturer) entry(ctx context.Context, name string) (children []string, e
 	case unix.S_IFLNK:
 		h.Typeflag = tar.TypeSymlink
 		h.AccessTime = time.Time{} // reading the link changes it
-		n, err := unix.Readlinkat(fd, "", c.buf[:maxPath+1])
+		c.buf = grown(c.buf, maxPath+1)
+		n, err := unix.Readlinkat(fd, "", c.buf)
 		if err != nil {
 			return fail(err)
 		}
@@ -212,7 +213,8 @@ func (c *capturer) regular(ctx context.Context, fd int, h *tar.Header, size int6
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			b := c.buf[:min(s.len, bufferSize)]
+			c.buf = grown(c.buf, min(s.len, bufferSize))
+			b := c.buf
 			n, err := f.ReadAt(b, s.off)
 			if err != nil && err != io.EOF {
 				return err

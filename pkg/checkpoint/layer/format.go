@@ -37,8 +37,20 @@ const (
 	maxXattrBytes = 512 << 10 // names and values of one entry
 )
 
-// bufferSize is for file contents and for the stream.
-const bufferSize = 1 << 20
+// Most layers are small, and memory that is touched for the first time is dear:
+// only who copies the contents of large files has a large buffer.
+const (
+	bufferSize = 1 << 20  // at most, for file contents
+	streamSize = 64 << 10 // for the stream
+)
+
+// grown is buf with room for n bytes, of which it has the first.
+func grown(buf []byte, n int64) []byte {
+	if n > int64(cap(buf)) {
+		return make([]byte, n)
+	}
+	return buf[:n]
+}
 
 const (
 	xattrACLAccess  = "system.posix_acl_access"

@@ -269,7 +269,7 @@ func syncFile(fsys fsys.FS, p string) error {
 
 var (
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
-	buffers    = sync.Pool{New: func() any { return new([1 << 20]byte) }}
+	buffers    = sync.Pool{New: func() any { return new([256 << 10]byte) }}
 )
 
 // sum reads a regular file and returns its size and checksums, those of its
@@ -280,7 +280,7 @@ func sum(ctx context.Context, files fsys.FS, p string, blockBytes int64) (checkp
 		return checkpoint.File{}, err
 	}
 	defer f.Close()
-	buf := buffers.Get().(*[1 << 20]byte)
+	buf := buffers.Get().(*[256 << 10]byte)
 	defer buffers.Put(buf)
 	var s checkpoint.File
 	if blockBytes > 0 {
