@@ -359,6 +359,9 @@ func (s *service) restoreEagerly(ctx context.Context, c *container, p *pendingRe
 		return nil, end, err
 	}
 	end()
+	if err := mountTmpfs(c.bundle, p.plan); err != nil { // the other attempt may have changed it
+		return nil, nil, err
+	}
 	resp, err = s.TTRPCTaskService.Start(ctx, r)
 	return resp, nil, err
 }

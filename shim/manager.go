@@ -46,7 +46,7 @@ func (m manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 		log.G(ctx).WithField("container_id", id).WithError(err).Warn("release container of a dead shim")
 	}
 	status, err := m.Shim.Stop(ctx, id)
-	if err := errors.Join(removeCgroup(ctx, id), unmountYards(ctx, dir)); err != nil {
+	if err := errors.Join(removeCgroup(ctx, id), unmountYards(ctx, dir), unmountTmpfs(dir)); err != nil {
 		log.G(ctx).WithField("container_id", id).WithError(err).Warn("remove cgroup of a dead shim's container")
 	}
 	return status, err

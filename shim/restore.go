@@ -115,6 +115,7 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		SwapBytes:   swapBytes(),
 		CanMerge:    criu.CanMerge(),
 		ImageDir:    filepath.Join(p.stage.Dir(), "restore"),
+		TmpfsDir:    filepath.Join(c.bundle, tmpfsDir),
 	}
 	if m.Template != "" && c.settings.Merge && !r.CanMerge {
 		log.G(ctx).WithField("reason", "the kernel was built without KSM").Warn("memory is not offered for merging")
@@ -364,6 +365,15 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	var err error
 	if lazy == nil {
 		err = p.verifyAll(ctx)
+	}
+	if begin = time.Now(); err == nil {
+		err = mountTmpfs(c.bundle, p.plan)
+		p.phase("tmpfs", time.Since(begin))
+		defer func() {
+			if err := unmountTmpfs(c.bundle); err != nil {
+				log.G(ctx).WithError(err).Error("unmount what was given to CRIU")
+			}
+		}()
 	}
 	if begin = time.Now(); err == nil {
 		resp, err = s.TTRPCTaskService.Start(ctx, r)

@@ -23,6 +23,7 @@ import (
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
+	"github.com/stasis-containers/stasis/pkg/restore"
 )
 
 // restoringInner is an inner service with a container that was created from a
@@ -96,7 +97,7 @@ func pending(t *testing.T) (*service, *restoringInner, *container, *store.Store)
 	c.bundle, c.upper, c.work = t.TempDir(), t.TempDir(), t.TempDir()
 	c.optedIn, c.identity = true, identity
 	c.request = &taskAPI.CreateTaskRequest{ID: "c", Bundle: c.bundle}
-	p := &pendingRestore{begun: time.Now(), fresh: true}
+	p := &pendingRestore{begun: time.Now(), fresh: true, plan: &restore.Plan{}}
 	if p.claim, err = st.Claim(t.Context(), m.ID, "c"); err != nil {
 		t.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -86,6 +87,9 @@ type Request struct {
 	// ImageDir is a directory to be made for the images of this restore, where
 	// nothing is yet. The caller removes it in the end, after a refusal too.
 	ImageDir string
+	// TmpfsDir is a directory in which the small tmpfs may be made that CRIU is given;
+	// empty leaves them to CRIU.
+	TmpfsDir string
 }
 
 // Plan is how to restore.
@@ -95,6 +99,8 @@ type Plan struct {
 	// RootfsDiff is the file with the writable layer, empty without one.
 	RootfsDiff string
 	Volumes    []Volume
+	// Tmpfs are to be mounted and filled before CRIU starts, where CRIU.External says.
+	Tmpfs []criu.Tmpfs
 	// CRIU is for the configuration file of the restore.
 	CRIU criu.ConfigOptions
 	// VerifyWait is for how long everything else had to wait for Verify.
@@ -112,8 +118,8 @@ type Volume struct {
 // this order: settings, identity, image digest, fingerprint of the spec, crash
 // loop, memory limit, host, volumes, the checkpoint's files, and the rights of its tasks
 // against the spec. Then it makes the image directory and writes into it what
-// this restore is to do otherwise: the pod's host name, and whether memory is
-// merged. Its error is a *[Refusal].
+// this restore is to do otherwise: the pod's host name, which tmpfs are given to
+// CRIU, and whether memory is merged. Its error is a *[Refusal].
 func Prepare(ctx context.Context, r Request) (*Plan, error) {
 	p, err := prepare(ctx, r)
 	if err == nil {
@@ -199,6 +205,17 @@ func (r *Request) lay(ctx context.Context, plan *Plan) error {
 	if err := criu.RearmTimers(images, r.ImageDir); err != nil {
 		return err
 	}
+	// The processes of a user namespace would own what is in them; and the path goes
+	// into a configuration file.
+	if r.TmpfsDir != "" && !hasUserNamespace(r.Spec) && !strings.ContainsAny(r.TmpfsDir, " \t\n#\"'\\[]") {
+		if plan.Tmpfs, err = criu.TakeTmpfs(images, r.ImageDir); err != nil {
+			return err
+		}
+		plan.CRIU.External = map[string]string{}
+		for _, t := range plan.Tmpfs {
+			plan.CRIU.External[t.Key] = filepath.Join(r.TmpfsDir, t.Key)
+		}
+	}
 	// A clone offers its memory for merging if its own pod wants that, whatever
 	// the source did; what goes on from a checkpoint of its own is as it was.
 	// Where there is no merging CRIU would fail.
@@ -243,6 +260,10 @@ func (r *Request) match() error {
 		return fmt.Errorf("spec: differs in %s", strings.Join(diff, ", "))
 	}
 	return nil
+}
+
+func hasUserNamespace(s *specs.Spec) bool {
+	return s.Linux != nil && slices.ContainsFunc(s.Linux.Namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.UserNamespace })
 }
 
 func mountAt(s *specs.Spec, destination string) (specs.Mount, bool) {

@@ -53,7 +53,7 @@ type restoreTimes struct {
 }
 
 // phases are those of a restore, see [event.Phase], in their order.
-var phases = []string{"claim", "prepare", "verify", "layers", "create", "pager", "criu", "runc", "outside"}
+var phases = []string{"claim", "prepare", "verify", "layers", "create", "pager", "tmpfs", "criu", "runc", "outside"}
 
 const answering = `
 import os, socket

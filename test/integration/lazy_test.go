@@ -209,7 +209,7 @@ func TestLazyMemory(t *testing.T) {
 				p := n.runPod(key, annotate(key))
 				c := p.start("c", "python", command)
 				c.wantLazy()
-				wantPhases(t, wantEvent(t, key, event.Restored, ""), "claim", "prepare", "verify", "layers", "create", "pager", "criu", "runc")
+				wantPhases(t, wantEvent(t, key, event.Restored, ""), "claim", "prepare", "verify", "layers", "create", "pager", "tmpfs", "criu", "runc")
 				if generation == 1 {
 					c.stop(60) // at once
 					wantEvent(t, key, event.Dumped, "")

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -125,6 +126,47 @@ func TestResume(t *testing.T) {
 		t.Errorf("the checkpoint was not consumed: %v", left)
 	}
 	t.Logf("count %d in the first pod, %d in the second", before, after)
+}
+
+// TestTmpfs: what a container has in /dev, and what is bound from there, is there
+// after each restore, although CRIU is given it; nothing of it stays on the node.
+func TestTmpfs(t *testing.T) {
+	n, key := newNode(t), uniqueKey(t)
+	start := func() *ctr {
+		return n.runPod(key, annotate(key)).start("c", "busybox", shell(counting))
+	}
+	// Of a mount: what, where, how; of a file: what, whose, how large, how old in seconds,
+	// which is what tar knows. The mounts of a cgroup begin at the container's own after
+	// a restore.
+	const look = `cut -d' ' -f4- /proc/self/mountinfo | sed -E 's/ overlay .*//; s/(master|shared):[0-9]*//; s/[0-9a-f-]{32,}/ID/g' | grep -v ' /sys/fs/cgroup/' | sort
+		cd /dev && for f in . * shm/*; do stat -c '%n %F %a %u:%g %t:%T %s %Y' "$f"; done | grep -v '^pts\|^mqueue\|^shm '
+		cat .config/f; readlink loop; echo x >/dev/null && head -c 1 /proc/kcore | wc -c`
+	c := start()
+	c.mustExec("/bin/sh", "-c", `cd /dev && mkdir -m 750 .config && echo content >.config/f && chown 7:8 .config/f && chmod 4755 .config/f &&
+		ln .config/f hard && ln -s ../etc loop && mkfifo -m 600 fifo && mknod -m 640 zero2 c 1 5 && touch -d 2001-02-03 .config/f .config`)
+	want := c.mustExec("/bin/sh", "-c", look)
+	for generation := range 2 {
+		c.waitCount(3)
+		c.stop(30)
+		c.p.remove()
+		c = start()
+		wantEvent(t, key, event.Restored, "")
+		if got := c.mustExec("/bin/sh", "-c", look); got != want {
+			t.Fatalf("generation %d: got\n%s\nwant\n%s", generation, got, want)
+		}
+		bundle := filepath.Join("/run/containerd/io.containerd.runtime.v2.task/k8s.io", c.id)
+		b, err := os.ReadFile(filepath.Join(bundle, "work/restore.log"))
+		if err != nil || !strings.Contains(string(b), "Bind "+bundle+"/tmpfs/stasis-tmpfs-") {
+			t.Errorf("CRIU was given nothing: %v", err)
+		}
+		mounts, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil || strings.Contains(string(mounts), "stasis-tmpfs") {
+			t.Errorf("left on the node: %v\n%s", err, mounts)
+		}
+		if _, err := os.Lstat(filepath.Join(bundle, "tmpfs")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("left in the bundle: %v", err)
+		}
+	}
 }
 
 // records lists the committed checkpoints of an identity in the namespace default.

@@ -2,6 +2,7 @@ package criu
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -58,6 +59,9 @@ type ConfigOptions struct {
 	// LazyPages makes a restore fetch memory from a pager. Never at dump, where
 	// it would make CRIU serve pages instead of writing them.
 	LazyPages bool
+	// External are mounts that a restore takes from the node, by their keys in the
+	// images, as absolute paths. Neither may hold white space. Needed at restore.
+	External map[string]string
 }
 
 // DefaultGhostLimit is what stasis accepts of open files without a name.
@@ -108,6 +112,9 @@ func Config(o ConfigOptions) string {
 		if l.on {
 			b.WriteString(l.line + "\n")
 		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(o.External)) {
+		fmt.Fprintf(&b, "external mnt[%s]:%s\n", key, o.External[key])
 	}
 	return b.String()
 }

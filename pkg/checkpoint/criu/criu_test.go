@@ -661,6 +661,7 @@ func TestConfig(t *testing.T) {
 		{RestoreOptions(checkpoint.TCPClose, true), "tcp-close\nfile-locks\next-unix-sk\nlazy-pages\n"},
 		{ConfigOptions{TCPClose: true, SkipNetworkLock: true}, "tcp-close\nnetwork-lock skip\n"},
 		{ConfigOptions{Timeout: 1500 * time.Millisecond, LinkRemap: true, ShellJob: true}, "link-remap\nshell-job\ntimeout 2\n"},
+		{ConfigOptions{External: map[string]string{"b": "/y/b", "a": "/y/a"}}, "external mnt[a]:/y/a\nexternal mnt[b]:/y/b\n"},
 	} {
 		if got := Config(tc.o); got != tc.want {
 			t.Errorf("%+v: %q, want %q", tc.o, got, tc.want)

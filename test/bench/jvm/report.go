@@ -20,7 +20,7 @@ const (
 var ways = []string{wayCold, wayRunc, wayLazy, wayClone}
 
 // phases are those of a restore, in their order.
-var phases = []string{"claim", "prepare", "verify", "layers", "create", "pager", "criu", "runc", "eager", "hook", "outside"}
+var phases = []string{"claim", "prepare", "verify", "layers", "create", "pager", "tmpfs", "criu", "runc", "eager", "hook", "outside"}
 
 // report is the JSON file. Times are in milliseconds, sizes in bytes.
 type report struct {
