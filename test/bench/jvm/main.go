@@ -68,12 +68,16 @@ func run() error {
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, 4*time.Hour)
 	defer cancel()
+	facts, err := machine()
+	if err != nil {
+		return err
+	}
 	n, err := connect()
 	if err != nil {
 		return err
 	}
 	defer n.conn.Close()
-	r := &report{Settings: s, Machine: machine()}
+	r := &report{Settings: s, Machine: facts}
 	if err := n.measure(ctx, r); err != nil {
 		return err
 	}
@@ -95,14 +99,14 @@ func numbers(to *[]int) func(string) error {
 	}
 }
 
-func machine() (m machineFacts) {
+func machine() (m machineFacts, err error) {
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		m.Kernel = unix.ByteSliceToString(u.Release[:])
 	}
 	m.CPUs = runtime.NumCPU()
 	m.MemoryBytes = meminfo("MemTotal")
-	return m
+	return m, m.measure()
 }
 
 // meminfo is a line of /proc/meminfo in bytes, 0 where there is none.

@@ -30,12 +30,6 @@ type report struct {
 	Services []*serviceReport `json:"services"`
 }
 
-type machineFacts struct {
-	CPUs        int    `json:"cpus"`
-	MemoryBytes int64  `json:"memoryBytes"`
-	Kernel      string `json:"kernel"`
-}
-
 type serviceReport struct {
 	Name          string                `json:"name"`
 	TemplateBytes int64                 `json:"templateBytes"`
@@ -169,6 +163,8 @@ func (r *report) text() string {
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "%d processors, %s MB, kernel %s; %d runs, median (least-greatest), times in ms\n",
 		r.Machine.CPUs, megabytes(r.Machine.MemoryBytes), r.Machine.Kernel, r.Settings.Runs)
+	fmt.Fprintf(w, "a page at its first touch %s µs, a copy into such memory %s GB/s, a process (/bin/true) %s ms\n",
+		short(r.Machine.TouchMicros), short(r.Machine.CopyRate/1e9), short(r.Machine.ProcessMs))
 	fmt.Fprintf(w, "floor, an empty container through the CRI: first answer %s\n", spread(r.Floor))
 	for _, s := range r.Services {
 		fmt.Fprintf(w, "\n%s, template of %s MB\n", s.Name, megabytes(s.TemplateBytes))
