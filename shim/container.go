@@ -35,6 +35,8 @@ type container struct {
 	upper, work string
 	request     *taskAPI.CreateTaskRequest // as containerd sent it, for a cold start after a failed restore
 
+	tmpfs tmpfsGuard // of a restore
+
 	mu sync.Mutex // guards what follows
 	// restore is not nil between a Create that claimed a checkpoint and
 	// whoever takes it to end the claim: Start, Delete, or Kill.

@@ -358,11 +358,11 @@ func (s *service) restoreEagerly(ctx context.Context, c *container, p *pendingRe
 	if _, err := s.createFrom(ctx, c, p); err != nil {
 		return nil, end, err
 	}
+	err = c.mountTmpfs(p.plan)
 	end()
-	if err := mountTmpfs(c.bundle, p.plan); err != nil { // the other attempt may have changed it
-		return nil, nil, err
+	if err == nil {
+		resp, err = s.startInner(ctx, c, r)
 	}
-	resp, err = s.TTRPCTaskService.Start(ctx, r)
 	return resp, nil, err
 }
 

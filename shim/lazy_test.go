@@ -218,7 +218,7 @@ func TestEagerInstead(t *testing.T) {
 		state  store.State
 		events []string
 	}{
-		{"restored", nil, nil, "start delete create start", "", []string{`"restored"`, "memory was read before the start: a restore with a pager failed: criu failed: lazy-pages"}},
+		{"restored", nil, nil, "start delete create start", "", []string{`"restored"`, "memory was read before the start: a restore with a pager failed: CRIU failed: criu failed: lazy-pages"}},
 		{"refused", failed, nil, "start delete create create start", store.Quarantined, []string{`"cold-start"`, `"quarantined"`}},
 		{"failed again", nil, failed, "start delete create start delete create start", store.Quarantined, []string{`"cold-start"`, `"quarantined"`}},
 	} {

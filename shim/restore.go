@@ -367,16 +367,11 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		err = p.verifyAll(ctx)
 	}
 	if begin = time.Now(); err == nil {
-		err = mountTmpfs(c.bundle, p.plan)
+		err = c.mountTmpfs(p.plan)
 		p.phase("tmpfs", time.Since(begin))
-		defer func() {
-			if err := unmountTmpfs(c.bundle); err != nil {
-				log.G(ctx).WithError(err).Error("unmount what was given to CRIU")
-			}
-		}()
 	}
 	if begin = time.Now(); err == nil {
-		resp, err = s.TTRPCTaskService.Start(ctx, r)
+		resp, err = s.startInner(ctx, c, r)
 	}
 	var end func() // of an exchange
 	if err != nil && lazy != nil && !lazy.ran() && ctx.Err() == nil {
@@ -384,13 +379,17 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		log.G(ctx).WithField("reason", p.eager).Warn("restore without a pager")
 		p.phase("runc", time.Since(begin))
 		begin = time.Now()
-		resp, end, err = s.restoreEagerly(ctx, c, p, r)
+		first := err
+		if resp, end, err = s.restoreEagerly(ctx, c, p, r); err != nil && !errors.Is(err, errCRIU) {
+			err = fmt.Errorf("%w; that was to make up for: %w", err, first)
+		}
 		lazy = nil
 		p.phase("eager", time.Since(begin))
 	} else {
 		p.phaseRunc(ctx, c, time.Since(begin))
 	}
-	var cause error // of a cold start
+	p.plan.Tmpfs = nil // a megabyte that nobody needs any more
+	var cause error    // of a cold start
 	if err == nil {
 		cause = s.afterRestore(ctx, c, lazy, p)
 	}
@@ -431,14 +430,10 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	}
 	p.ran = cause != nil
 	if !p.ran {
-		lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), logLines)
-		if lerr != nil {
-			log.G(ctx).WithError(lerr).Debug("no restore log")
-		}
-		cause = fmt.Errorf("restore: %w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
+		cause = fmt.Errorf("restore: %w", err)
 		if caller.Err() != nil {
 			// runc was killed with the call: that is no fault of the checkpoint.
-			cause = fmt.Errorf("restore: %w: %w", caller.Err(), errgrpc.ToNative(err))
+			cause = fmt.Errorf("restore: %w: %v", caller.Err(), err)
 			waitProcessesIn(ctx, filepath.Join(c.bundle, "work")) // CRIU takes back what it made
 		}
 	}

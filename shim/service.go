@@ -258,6 +258,7 @@ func (s *service) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAP
 	}
 	resp, err := s.TTRPCTaskService.Delete(ctx, r)
 	if r.ExecID == "" && c != nil && (err == nil || errdefs.IsNotFound(errgrpc.ToNative(err))) {
+		c.endTmpfs(ctx, true)
 		s.abandonRestore(ctx, c)
 		s.endLazy(ctx, c)
 		s.noteClone(c)

@@ -1,41 +1,72 @@
 package shim
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/restore"
 )
 
-// tmpfsDir is the directory of a bundle below which CRIU finds the tmpfs that the
-// shim has made for it, during a restore.
+// tmpfsDir is the directory of a bundle in which CRIU finds the tmpfs that the shim
+// has made for it, during a restore.
 const tmpfsDir = "tmpfs"
 
-// mountTmpfs makes what the plan has of them, anew where an attempt to restore has
-// left its own. The caller ends it with unmountTmpfs; what the container has of it
-// stays.
-func mountTmpfs(bundle string, plan *restore.Plan) error {
-	if err := unmountTmpfs(bundle); err != nil {
-		return err
+// tmpfsGuard keeps a mount from being made in a bundle that containerd is to remove.
+type tmpfsGuard struct {
+	sync.Mutex
+	deleted bool
+}
+
+// mountTmpfs makes what the plan has of them; startInner unmounts them again, and
+// what the container has of them stays. That it fails is no fault of the checkpoint.
+func (c *container) mountTmpfs(plan *restore.Plan) error {
+	c.tmpfs.Lock()
+	defer c.tmpfs.Unlock()
+	if c.tmpfs.deleted || len(plan.Tmpfs) == 0 {
+		return nil // what is deleted cannot be started
 	}
-	for _, t := range plan.Tmpfs {
-		dir := plan.CRIU.External[t.Key]
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return err
-		}
-		// On the node nothing in it is to be used; CRIU sets the flags of its own mount.
-		if err := unix.Mount(t.Source, dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, t.Options); err != nil {
-			return fmt.Errorf("mount tmpfs %s (%s): %w", t.Key, t.Options, err)
-		}
-		if err := t.Fill(dir); err != nil {
-			return err
-		}
+	err := os.Mkdir(filepath.Join(c.bundle, tmpfsDir), 0o700)
+	for i := 0; err == nil && i < len(plan.Tmpfs); i++ {
+		err = makeTmpfs(&plan.Tmpfs[i], plan.CRIU.External[plan.Tmpfs[i].Key])
+	}
+	if err != nil {
+		err = errors.Join(err, unmountTmpfs(c.bundle))
+		return &restore.Refusal{Code: restore.Internal, Err: fmt.Errorf("tmpfs: %w", err)}
 	}
 	return nil
+}
+
+func makeTmpfs(t *criu.Tmpfs, dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	// On the node nothing in it is to be used; CRIU sets the flags of its own mount.
+	if err := unix.Mount(t.Source, dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, t.Options); err != nil {
+		return fmt.Errorf("mount %s (%s): %w", t.Key, t.Options, err)
+	}
+	return t.Fill(dir)
+}
+
+// endTmpfs unmounts what mountTmpfs has made, and for a container that is deleted
+// sees to it that there will be nothing again.
+func (c *container) endTmpfs(ctx context.Context, deleted bool) {
+	c.tmpfs.Lock()
+	defer c.tmpfs.Unlock()
+	c.tmpfs.deleted = c.tmpfs.deleted || deleted
+	if err := unmountTmpfs(c.bundle); err != nil {
+		log.G(ctx).WithError(err).Error("unmount what was given to CRIU")
+	}
 }
 
 // unmountTmpfs undoes mountTmpfs, also after a shim that died.
@@ -54,4 +85,19 @@ func unmountTmpfs(bundle string) error {
 		errs = append(errs, unmount(name), os.Remove(name))
 	}
 	return errors.Join(append(errs, os.Remove(dir))...)
+}
+
+// startInner starts the inner object, which restores, and takes back what CRIU was
+// given for that.
+func (s *service) startInner(ctx context.Context, c *container, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
+	resp, err := s.TTRPCTaskService.Start(ctx, r)
+	c.endTmpfs(ctx, false)
+	if err == nil {
+		return resp, nil
+	}
+	lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), logLines)
+	if lerr != nil {
+		log.G(ctx).WithError(lerr).Debug("no restore log")
+	}
+	return nil, fmt.Errorf("%w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
 }

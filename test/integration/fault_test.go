@@ -99,6 +99,23 @@ func copies(marker string) (n int) {
 	return n
 }
 
+// noTmpfsLeft fails unless what is mounted for a restore goes away.
+func noTmpfsLeft(t *testing.T) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		mounts, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(mounts), "stasis-tmpfs") {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("left on the node:\n%s", mounts)
+		}
+	}
+}
+
 // TestKill9 kills the shim, the daemon and containerd at random moments of a
 // stop and of a create. Afterwards the container runs on as before, or its
 // successor goes on from the record, or it starts cold; none is stuck, frozen
@@ -118,6 +135,7 @@ func TestKill9(t *testing.T) {
 			if outcome["restored"] == 0 {
 				t.Error("not one container was restored")
 			}
+			noTmpfsLeft(t)
 			assertNothingFrozen(t)
 		})
 	}

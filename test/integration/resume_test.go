@@ -159,10 +159,7 @@ func TestTmpfs(t *testing.T) {
 		if err != nil || !strings.Contains(string(b), "Bind "+bundle+"/tmpfs/stasis-tmpfs-") {
 			t.Errorf("CRIU was given nothing: %v", err)
 		}
-		mounts, err := os.ReadFile("/proc/self/mountinfo")
-		if err != nil || strings.Contains(string(mounts), "stasis-tmpfs") {
-			t.Errorf("left on the node: %v\n%s", err, mounts)
-		}
+		noTmpfsLeft(t)
 		if _, err := os.Lstat(filepath.Join(bundle, "tmpfs")); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("left in the bundle: %v", err)
 		}

@@ -19,9 +19,10 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Bounds of a tmpfs that is held in memory before a restore; CRIU brings back a
-// larger one itself.
+// Bounds of what is held in memory before a restore; CRIU brings back by itself what
+// is larger, and those that are too many.
 const (
+	maxTmpfs      = 4         // of a container
 	maxTmpfsImage = 256 << 10 // bytes, compressed
 	maxTmpfsBytes = 1 << 20   // bytes of the archive
 	maxTmpfsFiles = 1024
@@ -82,6 +83,9 @@ func TakeTmpfs(imageDir, dir string) ([]Tmpfs, error) {
 	}
 	var taken []Tmpfs
 	for _, e := range entries {
+		if len(taken) == maxTmpfs {
+			break
+		}
 		if !plainTmpfs(e) || whole[e.GetRootDev()] != 1 {
 			continue
 		}
@@ -159,6 +163,10 @@ func (d *images) tmpfs(name string) ([]tmpfsFile, error) {
 		if h.Name = path.Clean(h.Name); !filepath.IsLocal(h.Name) {
 			return nil, d.corrupt(name, "%q is not below the directory", h.Name)
 		}
+		// Records may make of a small archive a large file.
+		if len(h.PAXRecords) > 0 || len(files) == maxTmpfsFiles || h.Size > maxTmpfsBytes {
+			return nil, errUnusual
+		}
 		file := tmpfsFile{header: h}
 		switch h.Typeflag {
 		case tar.TypeReg:
@@ -167,9 +175,6 @@ func (d *images) tmpfs(name string) ([]tmpfsFile, error) {
 			}
 		case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
 		default:
-			return nil, errUnusual
-		}
-		if len(h.PAXRecords) > 0 || len(files) >= maxTmpfsFiles {
 			return nil, errUnusual
 		}
 		files = append(files, file)
@@ -211,7 +216,13 @@ func (f *tmpfsFile) make(root *os.Root) error {
 			return err
 		}
 	case tar.TypeReg:
-		if err := root.WriteFile(h.Name, f.content, 0o600); err != nil {
+		// What is there already may be a FIFO.
+		file, err := root.OpenFile(h.Name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		_, err = file.Write(f.content)
+		if err := errors.Join(err, file.Close()); err != nil {
 			return err
 		}
 	case tar.TypeSymlink:
@@ -245,8 +256,7 @@ func (f *tmpfsFile) mknod(root *os.Root) error {
 }
 
 func (f *tmpfsFile) setTime(root *os.Root) error {
-	t := unix.NsecToTimespec(f.header.ModTime.UnixNano())
-	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, t}
+	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Sec: f.header.ModTime.Unix()}} // tar knows no less than seconds
 	return f.inParent(root, "utime", func(dir int, name string) error {
 		return unix.UtimesNanoAt(dir, name, times, unix.AT_SYMLINK_NOFOLLOW)
 	})
@@ -254,7 +264,7 @@ func (f *tmpfsFile) setTime(root *os.Root) error {
 
 // inParent calls do with the directory that the file is in, and its name there.
 func (f *tmpfsFile) inParent(root *os.Root, op string, do func(dir int, name string) error) error {
-	dir, err := root.Open(path.Dir(f.header.Name))
+	dir, err := root.OpenFile(path.Dir(f.header.Name), unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}

@@ -46,9 +46,8 @@ func dumpTmpfs(t *testing.T, dir string) []byte {
 // archive makes the image of a tmpfs with these members.
 func archive(t *testing.T, members ...*tar.Header) []byte {
 	t.Helper()
-	var b bytes.Buffer
-	z := gzip.NewWriter(&b)
-	w := tar.NewWriter(z)
+	var b, plain bytes.Buffer
+	z, w := gzip.NewWriter(&b), tar.NewWriter(&plain)
 	for _, h := range members {
 		if err := w.WriteHeader(h); err != nil {
 			t.Fatal(err)
@@ -57,7 +56,14 @@ func archive(t *testing.T, members ...*tar.Header) []byte {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(w.Close(), z.Close()); err != nil {
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// The writer leaves out the records of sparse files.
+	if _, err := z.Write(bytes.ReplaceAll(plain.Bytes(), []byte("GNU?sparse"), []byte("GNU.sparse"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
 		t.Fatal(err)
 	}
 	return b.Bytes()
@@ -210,12 +216,14 @@ func TestTmpfs(t *testing.T) {
 	}
 	big := &tar.Header{Typeflag: tar.TypeReg, Name: "./big", Size: maxTmpfsBytes + 1}
 	attribute := &tar.Header{Typeflag: tar.TypeReg, Name: "./a", PAXRecords: map[string]string{"SCHILY.xattr.user.a": "b"}, Format: tar.FormatPAX}
+	bomb := &tar.Header{Typeflag: tar.TypeReg, Name: "./a", Format: tar.FormatPAX, PAXRecords: map[string]string{
+		"GNU?sparse.size": "1099511627776", "GNU?sparse.numblocks": "1", "GNU?sparse.map": "0,0"}}
 	var many []*tar.Header
 	for i := range maxTmpfsFiles + 1 {
 		many = append(many, &tar.Header{Typeflag: tar.TypeDir, Name: fmt.Sprintf("./%d", i)})
 	}
 	for what, image := range map[string][]byte{
-		"large": archive(t, big), "many": archive(t, many...), "attributes": archive(t, attribute), "compressed badly": make([]byte, maxTmpfsImage+1),
+		"large": archive(t, big), "many": archive(t, many...), "attributes": archive(t, attribute), "bomb": archive(t, bomb), "compressed badly": make([]byte, maxTmpfsImage+1),
 	} {
 		write(t, images+"/tmpfs-dev-77.tar.gz.img", image)
 		if taken, _, err := take(root, dev); err != nil || len(taken) != 0 {
@@ -253,9 +261,12 @@ func TestTmpfsStaysInside(t *testing.T) {
 		"fifo":   {header: &tar.Header{Typeflag: tar.TypeFifo, Name: "out/fifo"}},
 		"link":   {header: &tar.Header{Typeflag: tar.TypeLink, Name: "link", Linkname: "out/there"}},
 		"itself": {header: &tar.Header{Typeflag: tar.TypeReg, Name: "out"}},
+		"parent": {header: &tar.Header{Typeflag: tar.TypeFifo, Name: "pipe/x"}}, // which nobody opens at its other end
+		"pipe":   {header: &tar.Header{Typeflag: tar.TypeReg, Name: "pipe"}, content: []byte("x")},
 	} {
 		write(t, outside+"/there", []byte("as it was"))
-		ts := Tmpfs{Key: "k", files: []tmpfsFile{{header: &tar.Header{Typeflag: tar.TypeSymlink, Name: "out", Linkname: outside, Uid: os.Getuid(), Gid: os.Getgid()}}, f}}
+		ts := Tmpfs{Key: "k", files: []tmpfsFile{{header: &tar.Header{Typeflag: tar.TypeSymlink, Name: "out", Linkname: outside, Uid: os.Getuid(), Gid: os.Getgid()}},
+			{header: &tar.Header{Typeflag: tar.TypeFifo, Name: "pipe", Uid: os.Getuid(), Gid: os.Getgid()}}, f}}
 		f.header.Uid, f.header.Gid, f.header.Mode = os.Getuid(), os.Getgid(), 0o600
 		if err := ts.Fill(t.TempDir()); err == nil {
 			t.Errorf("%s: no error", what)

@@ -106,7 +106,8 @@ func machine() (m machineFacts, err error) {
 	}
 	m.CPUs = runtime.NumCPU()
 	m.MemoryBytes = meminfo("MemTotal")
-	return m, m.measure()
+	err = m.measure()
+	return m, err
 }
 
 // meminfo is a line of /proc/meminfo in bytes, 0 where there is none.
