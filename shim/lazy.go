@@ -16,12 +16,12 @@ import (
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/log"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
+	"github.com/stasis-containers/stasis/pkg/restore"
 	"github.com/stasis-containers/stasis/pkg/restore/pager"
 )
 
@@ -85,11 +85,8 @@ func eagerBecause(m *checkpoint.Manifest, c *container, criuVersion string) stri
 		return fmt.Sprintf("processes share pages since a fork: %d MiB of images were %d MiB in memory", total>>20, used>>20)
 	case spec.Linux == nil || !isContainerGroup(filepath.Base(strings.ReplaceAll(spec.Linux.CgroupsPath, ":", "/")), c.id):
 		return "its cgroup does not name the container" // which could not be found to be killed
-	}
-	for _, ns := range spec.Linux.Namespaces {
-		if ns.Type == specs.UserNamespace {
-			return "a user namespace has no right to a userfaultfd"
-		}
+	case restore.HasUserNamespace(spec):
+		return "a user namespace has no right to a userfaultfd"
 	}
 	if r := spec.Linux.Resources; r != nil && r.Memory != nil && r.Memory.Limit != nil {
 		// With all of it there before the start, a failure is a cold start; later

@@ -483,6 +483,21 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	return s.TTRPCTaskService.Start(caller, r)
 }
 
+// startInner starts the inner object, which restores, and takes back what CRIU was
+// given for that.
+func (s *service) startInner(ctx context.Context, c *container, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
+	resp, err := s.TTRPCTaskService.Start(ctx, r)
+	c.endTmpfs(ctx, false)
+	if err == nil {
+		return resp, nil
+	}
+	lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), logLines)
+	if lerr != nil {
+		log.G(ctx).WithError(lerr).Debug("no restore log")
+	}
+	return nil, fmt.Errorf("%w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
+}
+
 // phaseRunc splits what runc took for a restore by what CRIU says of it.
 func (p *pendingRestore) phaseRunc(ctx context.Context, c *container, took time.Duration) {
 	// containerd makes it a link to a directory that outlives the bundle.

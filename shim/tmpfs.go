@@ -6,11 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 
-	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
@@ -85,19 +82,4 @@ func unmountTmpfs(bundle string) error {
 		errs = append(errs, unmount(name), os.Remove(name))
 	}
 	return errors.Join(append(errs, os.Remove(dir))...)
-}
-
-// startInner starts the inner object, which restores, and takes back what CRIU was
-// given for that.
-func (s *service) startInner(ctx context.Context, c *container, r *taskAPI.StartRequest) (*taskAPI.StartResponse, error) {
-	resp, err := s.TTRPCTaskService.Start(ctx, r)
-	c.endTmpfs(ctx, false)
-	if err == nil {
-		return resp, nil
-	}
-	lines, lerr := criu.LogErrors(filepath.Join(c.bundle, "work", "restore.log"), logLines)
-	if lerr != nil {
-		log.G(ctx).WithError(lerr).Debug("no restore log")
-	}
-	return nil, fmt.Errorf("%w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
 }

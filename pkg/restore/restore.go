@@ -207,7 +207,7 @@ func (r *Request) lay(ctx context.Context, plan *Plan) error {
 	}
 	// The processes of a user namespace would own what is in them; and the path goes
 	// into a configuration file.
-	if r.TmpfsDir != "" && !hasUserNamespace(r.Spec) && !strings.ContainsAny(r.TmpfsDir, " \t\n#\"'\\[]") {
+	if r.TmpfsDir != "" && !HasUserNamespace(r.Spec) && !strings.ContainsAny(r.TmpfsDir, " \t\n#\"'\\[]") {
 		if plan.Tmpfs, err = criu.TakeTmpfs(images, r.ImageDir); err != nil {
 			return err
 		}
@@ -262,7 +262,8 @@ func (r *Request) match() error {
 	return nil
 }
 
-func hasUserNamespace(s *specs.Spec) bool {
+// HasUserNamespace tells whether a container has users of its own.
+func HasUserNamespace(s *specs.Spec) bool {
 	return s.Linux != nil && slices.ContainsFunc(s.Linux.Namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.UserNamespace })
 }
 

@@ -90,7 +90,7 @@ func TakeTmpfs(imageDir, dir string) ([]Tmpfs, error) {
 			continue
 		}
 		files, err := d.tmpfs(fmt.Sprintf("tmpfs-dev-%d.tar.gz.img", e.GetRootDev()))
-		if errors.Is(err, errUnusual) || errors.Is(err, os.ErrNotExist) {
+		if errors.Is(err, errUnusual) || absent(err) {
 			continue
 		}
 		if err != nil {
@@ -194,17 +194,16 @@ func (t *Tmpfs) Fill(dir string) error {
 			return fmt.Errorf("tmpfs %s: %w", t.Key, err)
 		}
 	}
-	// The times of a directory come when everything is in it.
-	for _, f := range slices.Backward(t.files) {
-		if f.header.Typeflag == tar.TypeDir {
-			if err := f.setTime(root); err != nil {
-				return fmt.Errorf("tmpfs %s: %w", t.Key, err)
-			}
+	// Last, for what is made in a directory changes its time.
+	for i := range t.files {
+		if err := t.files[i].setTime(root); err != nil {
+			return fmt.Errorf("tmpfs %s: %w", t.Key, err)
 		}
 	}
 	return nil
 }
 
+// make makes the file, but for its time.
 func (f *tmpfsFile) make(root *os.Root) error {
 	h := f.header
 	switch h.Typeflag {
@@ -229,10 +228,7 @@ func (f *tmpfsFile) make(root *os.Root) error {
 		if err := root.Symlink(h.Linkname, h.Name); err != nil {
 			return err
 		}
-		if err := root.Lchown(h.Name, h.Uid, h.Gid); err != nil {
-			return err
-		}
-		return f.setTime(root)
+		return root.Lchown(h.Name, h.Uid, h.Gid)
 	case tar.TypeLink:
 		return root.Link(path.Clean(h.Linkname), h.Name) // its attributes are the other's
 	default:
@@ -243,10 +239,7 @@ func (f *tmpfsFile) make(root *os.Root) error {
 	if err := root.Lchown(h.Name, h.Uid, h.Gid); err != nil {
 		return err
 	}
-	if err := root.Chmod(h.Name, h.FileInfo().Mode()); err != nil { // the change of the owner has taken some bits
-		return err
-	}
-	return f.setTime(root)
+	return root.Chmod(h.Name, h.FileInfo().Mode()) // the change of the owner has taken some bits
 }
 
 func (f *tmpfsFile) mknod(root *os.Root) error {

@@ -44,13 +44,8 @@ const (
 	streamSize = 64 << 10 // for the stream
 )
 
-// grown is buf with room for n bytes, of which it has the first.
-func grown(buf []byte, n int64) []byte {
-	if n > int64(cap(buf)) {
-		return make([]byte, n)
-	}
-	return buf[:n]
-}
+// grown is a buffer of n bytes, buf where that has room for them.
+func grown(buf []byte, n int64) []byte { return slices.Grow(buf[:0], int(n))[:n] }
 
 const (
 	xattrACLAccess  = "system.posix_acl_access"

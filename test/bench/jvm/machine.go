@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"os/exec"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -65,7 +64,6 @@ func (m *machineFacts) measure() error {
 		}
 		took = append(took, ms(time.Since(begin)))
 	}
-	slices.Sort(took)
-	m.ProcessMs = took[len(took)/2]
+	m.ProcessMs = median(took)
 	return nil
 }
