@@ -81,6 +81,7 @@ type pendingRestore struct {
 	stage   *store.Stage // holds the images as this restore needs them
 	plan    *restore.Plan
 	eager   string          // why CRIU reads the memory itself, "" where a pager may fill it
+	start   *lazyStart      // of the pager, until it begins
 	fresh   bool            // the writable layer was found empty, as it is to be left
 	applied []layer.Applied // to the volumes, to be undone before a cold start
 	begun   time.Time

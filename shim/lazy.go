@@ -113,17 +113,67 @@ type lazyRestore struct {
 	err  error         // valid then
 }
 
+// lazyStart is the start of a pager beside the preparation of the restore, which
+// takes about as long.
+type lazyStart struct {
+	at   time.Time
+	done chan struct{}
+	lazy *lazyRestore // valid once done is closed, like err
+	err  error
+}
+
+// maxEarly bounds the time for which a pager that was started in Create waits for
+// Start, to a small part of what CRIU has from its start on.
+const maxEarly = 10 * time.Second
+
+// startLazy starts the pager of a restore that may have one. It is to be begun
+// or ended.
+func (s *service) startLazy(ctx context.Context, c *container, p *pendingRestore) {
+	if p.eager == "" && s.died(p) {
+		p.eager = "the last container that it was filled for died with its shim"
+	}
+	if p.eager != "" {
+		return
+	}
+	l := &lazyStart{at: time.Now(), done: make(chan struct{})}
+	p.start = l
+	go func() { // reads some images, and ends
+		defer close(l.done)
+		l.lazy, l.err = s.startPager(ctx, c, p)
+	}()
+}
+
+// endStart ends a pager that was started and has not begun.
+func (p *pendingRestore) endStart() error {
+	l := p.start
+	if l == nil {
+		return nil
+	}
+	p.start = nil
+	<-l.done
+	if l.err != nil {
+		return nil // there is none
+	}
+	return l.lazy.close()
+}
+
 // beginLazy makes ready for a restore with a pager, or returns nil where CRIU
 // is to read memory itself.
 func (s *service) beginLazy(ctx context.Context, c *container, p *pendingRestore) *lazyRestore {
+	if p.start != nil && time.Since(p.start.at) > maxEarly {
+		if err := p.endStart(); err != nil {
+			log.G(ctx).WithError(err).Warn("close pager")
+		}
+	}
+	if p.start == nil {
+		s.startLazy(ctx, c, p)
+	}
 	if p.eager != "" {
 		return nil
 	}
-	if s.died(p) {
-		p.eager = "the last container that it was filled for died with its shim"
-		return nil
-	}
-	l, err := s.startPager(ctx, c, p)
+	<-p.start.done
+	l, err := p.start.lazy, p.start.err
+	p.start = nil
 	if err == nil {
 		if err = s.mark(p); err != nil {
 			err = errors.Join(err, l.close())
@@ -288,7 +338,8 @@ func (s *service) follow(ctx context.Context, c *container, l *lazyRestore) {
 		st := l.pager.Stats()
 		log.G(ctx).WithFields(log.Fields{
 			"op": "fill", "duration_ms": st.Filled.Milliseconds(), "size_bytes": st.CopiedBytes,
-			"faults": st.Faults, "hot_ranges": st.HotRanges, "verify_ms": p.verify.Milliseconds(), "criu_ms": st.Restored.Milliseconds(),
+			"early_bytes": st.EarlyBytes,
+			"faults":      st.Faults, "hot_ranges": st.HotRanges, "verify_ms": p.verify.Milliseconds(), "criu_ms": st.Restored.Milliseconds(),
 		}).Info("memory is full")
 		s.recordHot(cleanup, l)
 		if err := p.claim.Consume(cleanup); err != nil {

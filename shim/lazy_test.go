@@ -340,3 +340,50 @@ func TestPagerFails(t *testing.T) {
 	wantEvents(t, s, `"restored"`, `"restore-failed"`, `"pager"`, errHolder.Error(), `"quarantined"`)
 	wantNoHolder(t)
 }
+
+// TestStartEarly: a pager that was started in Create is the one that begins, unless
+// it has waited for too long; and none is left where there is no start.
+func TestStartEarly(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		age  time.Duration
+		same bool
+	}{
+		{"at once", 0, true},
+		{"late", maxEarly + time.Second, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, _, c, _ := pendingLazy(t)
+			p := c.restore
+			s.startLazy(t.Context(), c, p)
+			first := p.start
+			first.at = first.at.Add(-tt.age)
+			l := s.beginLazy(t.Context(), c, p)
+			if l == nil {
+				t.Fatalf("no pager: %s", p.eager)
+			}
+			if same := l == first.lazy; same != tt.same {
+				t.Errorf("the same pager: %v", same)
+			}
+			if p.start != nil {
+				t.Error("it could begin once more")
+			}
+			if err := s.abandonLazy(t.Context(), c); err != nil {
+				t.Error(err)
+			}
+			wantNoHolder(t)
+		})
+	}
+	t.Run("deleted", func(t *testing.T) {
+		s, _, c, st := pendingLazy(t)
+		s.startLazy(t.Context(), c, c.restore)
+		s.containers[c.id] = c
+		if _, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: c.id}); err != nil {
+			t.Fatal(err)
+		}
+		if got := stateOf(t, st); got != store.Committed {
+			t.Errorf("the checkpoint is %q, want it given back", got)
+		}
+		wantNoHolder(t)
+	})
+}

@@ -130,6 +130,7 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	// container that goes on from its own checkpoint there is only one, and what
 	// it did meanwhile is done.
 	p.unverified = p.eager == "" && m.Template != ""
+	s.startLazy(ctx, c, p)
 	if p.plan, err = restore.Prepare(ctx, r); err != nil {
 		return err
 	}
@@ -218,7 +219,7 @@ func applyFile(ctx context.Context, name, dir string, opt layer.Options) (layer.
 // cleanRestore undoes what prepareRestore did to the pod, so that a cold start
 // finds what it would have found without a checkpoint.
 func (s *service) cleanRestore(ctx context.Context, c *container, p *pendingRestore) error {
-	var errs []error
+	errs := []error{p.endStart()}
 	for _, a := range p.applied {
 		err := a.Undo()
 		if p.ran && err != nil {

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 )
 
@@ -90,11 +92,11 @@ func TestHotSpace(t *testing.T) {
 		p.spaces[i] = &space{p: p, fd: i, todo: []span{{addr: 1 << 20, size: HotSize}}}
 	}
 	p.spaces[13].todo[0].hot = true
-	if s := p.nextSpace(); s.fd != 13 {
+	if s := p.next(); s.fd != 13 {
 		t.Errorf("space %d comes first", s.fd)
 	}
 	p.spaces[13].todo = nil
-	if s := p.nextSpace(); s.fd == 13 {
+	if s := p.next(); s.fd == 13 {
 		t.Error("a space with nothing to do")
 	}
 }
@@ -109,14 +111,63 @@ func TestRestDelay(t *testing.T) {
 	hot, rest := &space{p: p, fd: 1}, &space{p: p, fd: 2, todo: []span{{addr: 1 << 20, size: HotSize}}}
 	hot.todo = []span{{addr: 1 << 20, size: HotSize, hot: true}}
 	p.spaces[1], p.spaces[2] = hot, rest
+	if s := p.next(); s != hot {
+		t.Errorf("before CRIU is done: %v", s)
+	}
 	begin := time.Now()
 	p.setReady()
-	if s := p.nextSpace(); s != hot || time.Since(begin) >= delay {
-		t.Errorf("space %d comes first, after %v", s.fd, time.Since(begin))
+	if s := p.next(); s != hot {
+		t.Errorf("what comes first is %v", s)
 	}
 	hot.todo = nil
-	if s := p.nextSpace(); s != rest || time.Since(begin) < delay {
-		t.Errorf("space %d comes next, after %v", s.fd, time.Since(begin))
+	next := func(helper bool) *space {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.nextLocked(helper)
+	}
+	if s := next(true); s != rest {
+		t.Errorf("an idle processor gets %v", s)
+	}
+	for next(false) == nil && time.Since(begin) < 10*time.Second {
+		time.Sleep(time.Millisecond)
+	}
+	if took := time.Since(begin); took < delay || took >= 10*time.Second {
+		t.Errorf("the rest comes after %v", took)
+	}
+}
+
+// TestUnregistered: what CRIU has not yet put into its place is tried again, and
+// stays where it is in the order.
+func TestUnregistered(t *testing.T) {
+	p := &Pager{wake: -1, restored: make(chan struct{}), spaces: map[int]*space{}}
+	p.cond.L = &p.mu
+	p.ending, p.stop = context.WithCancel(t.Context())
+	defer p.stop()
+	fd := newUffd(t)
+	defer unix.Close(fd)
+	data := make([]byte, HotSize)
+	s := &space{p: p, fd: fd, src: &content{size: HotSize}, todo: []span{
+		{addr: 1 << 20, size: HotSize, hot: true}, {addr: 2 << 20, size: HotSize},
+	}}
+	w := window{from: s.src, data: data}
+	p.spaces[fd] = s
+	if err := p.piece(s, &w, chunkSize); !errors.Is(err, errNotNow) {
+		t.Errorf("nothing is registered: %v", err)
+	}
+	if len(s.todo) != 2 || !s.todo[0].hot || s.todo[0].size != HotSize || len(s.claimed) > 0 {
+		t.Errorf("left to do: %+v, claimed %+v", s.todo, s.claimed)
+	}
+	if next := p.next(); next != nil {
+		t.Error("tried again at once")
+	}
+	for end := time.Now().Add(10 * time.Second); p.next() == nil; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("never tried again")
+		}
+	}
+	p.setReady()
+	if err := p.piece(s, &w, chunkSize); err == nil || errors.Is(err, errNotNow) {
+		t.Errorf("once CRIU is done: %v", err)
 	}
 }
 

@@ -26,10 +26,10 @@ type Options struct {
 	// WorkDir is the directory in which CRIU works: runc's --work-path, or
 	// CRIU's own. CRIU looks for the socket there.
 	WorkDir string
-	// Threads copy in bulk, beside the one that answers faults; where there are
-	// none, a negative number, that one does it between faults. The default is none
-	// for up to two CPUs; else it leaves half of them to the tasks, and is four at
-	// most: one or two are nearly as fast as memory allows.
+	// Threads copy in bulk, each while there is a processor for it that has nothing
+	// else to do. Where fewer than two have one, the thread that answers faults
+	// copies too, between faults. The default leaves half of the processors to the
+	// tasks, and is one to four; a negative number is none.
 	Threads int
 	// RestoreTimeout bounds the time from the start to CRIU's message that the
 	// restore is done; default two minutes.
@@ -42,7 +42,8 @@ type Options struct {
 	// is ignored.
 	Hot []Range
 	// RestDelay is how long, after CRIU's last message, nothing but Hot is copied in
-	// bulk: runc and the first answer have the processors until then.
+	// bulk, except by processors that have nothing else to do: runc and the first
+	// answer come first.
 	RestDelay time.Duration
 	// Keeper has another process hold every userfaultfd, before anything is read
 	// from it and until its memory is full; nil for none.
@@ -66,6 +67,8 @@ type Stats struct {
 	Events      uint64 // fork, remap, remove, unmap
 	Processes   int    // whose memory was to be filled, children of fork included
 	HotRanges   int    // of [Options.Hot] that are in the images
+	// EarlyBytes are those of CopiedBytes that were there at CRIU's last message.
+	EarlyBytes uint64
 	// Restored is the time from the start to CRIU's last message, Filled from
 	// there until all was full; 0 before.
 	Restored, Filled time.Duration
@@ -76,7 +79,7 @@ func (s Stats) Rate() float64 {
 	if s.Filled <= 0 {
 		return 0
 	}
-	return float64(s.CopiedBytes) / s.Filled.Seconds()
+	return float64(s.CopiedBytes-s.EarlyBytes) / s.Filled.Seconds()
 }
 
 // ErrNotRestored is in the error of [Pager.Wait] where CRIU can no longer let
@@ -99,6 +102,7 @@ type Pager struct {
 	done        chan struct{} // closed when nothing runs any more
 	running     sync.WaitGroup
 
+	helping                                atomic.Int32 // threads that copy in bulk just now, the server aside
 	copied, looked, zeroed, faults, events atomic.Uint64
 	lastFault                              atomic.Int64 // Unix time, ns
 	restoredAt, filledAt                   atomic.Int64 // ns after start
@@ -113,12 +117,13 @@ type Pager struct {
 	ended bool
 	// abandoned: CRIU cannot finish the restore.
 	abandoned bool
-	ready     bool           // CRIU is done: bulk may begin
-	rest      bool           // with what is not hot, too
+	ready     bool           // CRIU is done
+	rest      bool           // the server may copy what is not hot, too
 	spaces    map[int]*space // by descriptor; those that are not yet full
 	count     int
 	hotRanges int
-	held      []int // descriptors that are only kept
+	early     uint64 // of copied, when CRIU was done
+	held      []int  // descriptors that are only kept
 }
 
 // Start reads what the images say about lazy memory, and listens for CRIU,
@@ -128,8 +133,8 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	if os.Getpagesize() != pageSize {
 		return nil, fmt.Errorf("pager: pages of %d bytes: %w", os.Getpagesize(), errdefs.ErrNotImplemented)
 	}
-	if opt.Threads == 0 && runtime.NumCPU() > 2 {
-		opt.Threads = min(runtime.NumCPU()/2, 4)
+	if opt.Threads == 0 {
+		opt.Threads = min(max(runtime.NumCPU()/2, 1), 4)
 	}
 	opt.Threads = max(opt.Threads, 0)
 	if opt.RestoreTimeout <= 0 {
@@ -179,7 +184,7 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 	go func() { defer p.running.Done(); p.receive(l, remove) }()
 	go func() { defer p.running.Done(); p.serve() }()
 	for range opt.Threads {
-		go func() { defer p.running.Done(); p.fill() }()
+		go func() { defer p.running.Done(); p.help() }()
 	}
 	unhook := context.AfterFunc(ctx, func() { p.end(context.Cause(ctx)) })
 	go func() {
@@ -211,6 +216,15 @@ func (p *Pager) readAhead() {
 // about to run.
 func (p *Pager) Restored() <-chan struct{} { return p.restored }
 
+func (p *Pager) isRestored() bool {
+	select {
+	case <-p.restored:
+		return true
+	default:
+		return false
+	}
+}
+
 // Wait waits until all memory is full, nil, or for the failure that keeps it
 // from becoming so. Then the container must be killed, before [Pager.Close]:
 // whoever touches a missing page waits until then. An error that wraps
@@ -236,7 +250,8 @@ func (p *Pager) Stats() Stats {
 	s := Stats{
 		TotalBytes: p.total, CopiedBytes: p.copied.Load(), ZeroBytes: p.zeroed.Load(),
 		Faults: p.faults.Load(), Events: p.events.Load(), Processes: p.count, HotRanges: p.hotRanges,
-		Restored: time.Duration(p.restoredAt.Load()),
+		EarlyBytes: p.early,
+		Restored:   time.Duration(p.restoredAt.Load()),
 	}
 	if at := time.Duration(p.filledAt.Load()); at > 0 {
 		s.Filled = at - s.Restored
@@ -363,12 +378,13 @@ func (p *Pager) add(s *space) error {
 	return nil
 }
 
-// setReady begins the bulk.
+// setReady notes that CRIU is done.
 func (p *Pager) setReady() {
 	p.restoredAt.Store(int64(time.Since(p.start)))
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.ready = true
+	p.early = p.copied.Load()
 	close(p.restored)
 	if p.rest = p.opt.RestDelay <= 0; !p.rest {
 		timer := time.AfterFunc(p.opt.RestDelay, func() {
@@ -386,8 +402,9 @@ func (p *Pager) setReady() {
 
 // serve answers faults and follows events.
 func (p *Pager) serve() {
+	ownThread()
 	looked, progress, filled := uint64(0), time.Now(), time.Now()
-	var w window // of the bulk, where no other thread does it
+	var w window // of the bulk
 	for wait := idleWait; ; {
 		due, err := p.poll(wait)
 		if err != nil {
@@ -408,11 +425,12 @@ func (p *Pager) serve() {
 		}
 		// Faults come first; but a program that never stops to have some is to get
 		// all of its memory, too.
-		if p.opt.Threads == 0 && (len(due) == 0 || time.Since(filled) > busyTime) {
+		joins := p.helping.Load() < enoughHelpers
+		if joins && (len(due) == 0 || time.Since(filled) > busyTime) {
 			if s := p.next(); s != nil {
 				filled = time.Now()
 				// Where it is changing the event that tells how is read next.
-				if err := p.piece(s, &w); err != nil && !errors.Is(err, errChanging) {
+				if err := p.piece(s, &w, p.serverChunk()); err != nil && !errors.Is(err, errNotNow) {
 					p.end(err)
 					return
 				}
@@ -428,9 +446,9 @@ func (p *Pager) serve() {
 			return
 		}
 		switch {
-		case p.opt.Threads == 0 && p.next() != nil:
+		case joins && p.next() != nil:
 			wait = 0
-		case deferred:
+		case deferred, left > 0 && !ready, !joins:
 			wait = retryWait
 		default:
 			wait = idleWait
@@ -447,6 +465,10 @@ func (p *Pager) serve() {
 const (
 	idleWait  = 100 * time.Millisecond
 	retryWait = time.Millisecond
+	// enoughHelpers leave the thread that answers faults nothing to do in bulk.
+	enoughHelpers = 2
+	// crowdedWait is how long a helper waits for an idle processor, each time.
+	crowdedWait = 100 * time.Microsecond
 )
 
 // poll returns the spaces that have something to say.
@@ -548,19 +570,47 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 	return true, nil
 }
 
-// fill copies in bulk, until the end.
-func (p *Pager) fill() {
+// help copies in bulk until the end, while there is a processor for it. It must
+// not take one from the tasks, for which a request would wait.
+func (p *Pager) help() {
+	ownThread()
+	l := openLoad()
+	defer l.close()
 	var w window
+	helping := false
+	is := func(now bool) {
+		if now != helping {
+			p.helping.Add(map[bool]int32{true: 1, false: -1}[now])
+		}
+		helping = now
+	}
 	for {
-		s := p.nextSpace()
-		if s == nil {
+		p.mu.Lock()
+		s := p.nextLocked(true)
+		for s == nil && !p.ended {
+			is(false)
+			p.cond.Wait()
+			s = p.nextLocked(true)
+		}
+		ended := p.ended
+		p.mu.Unlock()
+		if ended {
+			is(false)
 			return
 		}
-		err := p.piece(s, &w)
+		if l.crowded() {
+			is(false)
+			wait := unix.NsecToTimespec(int64(crowdedWait))
+			unix.Nanosleep(&wait, nil) // a timer of Go's has a millisecond for its unit
+			continue
+		}
+		is(true)
+		err := p.piece(s, &w, chunkSize)
 		switch {
-		case errors.Is(err, errChanging):
-			time.Sleep(retryWait) // the server reads what it is
+		case errors.Is(err, errNotNow):
+			time.Sleep(retryWait) // the server reads what is changing
 		case err != nil:
+			is(false)
 			p.end(err)
 			return
 		}
@@ -572,12 +622,31 @@ func (p *Pager) fill() {
 	}
 }
 
+// serverChunk is the size of the server's next piece.
+func (p *Pager) serverChunk() uint64 {
+	if time.Since(time.Unix(0, p.lastFault.Load())) < busyTime {
+		return busyChunkSize
+	}
+	return chunkSize
+}
+
 // piece copies one piece of the bulk.
-func (p *Pager) piece(s *space, w *window) error {
-	err := s.bulk(w)
-	if errors.Is(err, errExited) {
+func (p *Pager) piece(s *space, w *window, size uint64) error {
+	err := s.bulk(w, size)
+	switch {
+	case errors.Is(err, errExited):
 		s.setGone()
 		err = nil
+	case errors.Is(err, errUnregistered):
+		p.mu.Lock()
+		s.retry = time.Now().Add(retryWait)
+		p.mu.Unlock()
+	case err == nil:
+		p.mu.Lock()
+		if !p.ready { // that it is registered is news
+			p.cond.Broadcast()
+		}
+		p.mu.Unlock()
 	}
 	if p.opt.pause > 0 {
 		time.Sleep(p.opt.pause)
@@ -585,38 +654,27 @@ func (p *Pager) piece(s *space, w *window) error {
 	return err
 }
 
-// nextSpace waits for a space with something to do; nil at the end.
-func (p *Pager) nextSpace() *space {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for !p.ended {
-		if s := p.nextLocked(); s != nil {
-			return s
-		}
-		p.cond.Wait()
-	}
-	return nil
-}
-
 // next finds a space with something to do now, of which one with memory that will
 // be asked for comes first; nil for none.
 func (p *Pager) next() *space {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.nextLocked()
+	return p.nextLocked(false)
 }
 
-// nextLocked is next for a caller that holds mu.
-func (p *Pager) nextLocked() (next *space) {
-	if !p.ready {
-		return nil
-	}
+// nextLocked is next for a caller that holds mu. A helper takes also what is not hot
+// before its time.
+//
+// Until CRIU is done no memory may be registered, or only some: what is not is
+// tried again.
+func (p *Pager) nextLocked(helper bool) (next *space) {
 	for _, s := range p.spaces {
 		waits, hot := s.waits()
-		if hot {
+		switch {
+		case !waits || !p.ready && time.Now().Before(s.retry):
+		case hot:
 			return s
-		}
-		if waits && p.rest {
+		case p.rest || helper:
 			next = s
 		}
 	}

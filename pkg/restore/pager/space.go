@@ -14,15 +14,19 @@ import (
 
 const (
 	chunkSize     = 256 << 10 // of the bulk
-	busyChunkSize = 64 << 10  // of the bulk, while there are faults: they wait for it
+	busyChunkSize = 64 << 10  // of the bulk, by the server, while there are faults: they wait for it
 	busyTime      = 10 * time.Millisecond
 	aroundSize    = 64 << 10 // filled at a fault, from its page on
 	maxMessages   = 64       // read at once
 )
 
 var (
+	// errNotNow is in the errors after which the same is to be tried again.
+	errNotNow = errors.New("not now")
 	// errChanging: the address space is being changed; an event tells how.
-	errChanging = errors.New("address space is changing")
+	errChanging = fmt.Errorf("%w: address space is changing", errNotNow)
+	// errUnregistered: CRIU has not yet put the memory into its place.
+	errUnregistered = fmt.Errorf("%w: memory is not registered yet", errNotNow)
 	// errExited: there is no address space any more.
 	errExited = errors.New("process is gone")
 )
@@ -34,6 +38,7 @@ type space struct {
 	child bool   // made by fork
 	fd    int    // userfaultfd; -1 once closed
 	src   *content
+	retry time.Time // when to look again for memory that is not registered yet; guarded by the pager's mu
 
 	// rw orders copies, which hold it for reading, and the reading of events.
 	rw sync.RWMutex
@@ -88,13 +93,18 @@ func (s *space) claim(size uint64) (c span, claims uint64, ok bool) {
 	return c, s.claims, true
 }
 
-// unclaim ends a claim of which so much has been done.
-func (s *space) unclaim(c span, done uint64) {
+// unclaim ends a claim of which so much has been done. What is left comes last, or
+// where it was.
+func (s *space) unclaim(c span, done uint64, last bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.claimed = slices.DeleteFunc(s.claimed, func(other span) bool { return other == c })
 	if done < c.size && !s.gone {
-		s.todo = append(s.todo, c.part(c.addr+done, c.end()))
+		at := 0
+		if last {
+			at = len(s.todo)
+		}
+		s.todo = slices.Insert(s.todo, at, c.part(c.addr+done, c.end()))
 	}
 }
 
@@ -140,11 +150,7 @@ func (s *space) idle() (idle, gone bool) {
 }
 
 // bulk fills one piece, if there is one. The window is the caller's.
-func (s *space) bulk(w *window) error {
-	size := uint64(chunkSize)
-	if time.Since(time.Unix(0, s.p.lastFault.Load())) < busyTime {
-		size = busyChunkSize
-	}
+func (s *space) bulk(w *window, size uint64) error {
 	c, claims, ok := s.claim(size)
 	if !ok {
 		return nil
@@ -159,7 +165,7 @@ func (s *space) bulk(w *window) error {
 	if err == nil {
 		done, _, err = s.fill(c, content)
 	}
-	s.unclaim(c, done)
+	s.unclaim(c, done, !errors.Is(err, errUnregistered))
 	return err
 }
 
@@ -209,6 +215,8 @@ func (s *space) fill(c span, buf []byte) (done, copied uint64, err error) {
 				// If it was unmapped meanwhile, the kernel refuses from now on.
 				again = true
 				continue
+			case !s.p.isRestored():
+				err = errUnregistered
 			case s.child || c.doubtful: // MADV_DONTFORK, for one
 				done += pageSize
 				again = false
@@ -401,16 +409,19 @@ func (s *space) fault(addr uint64) error {
 	if err != nil {
 		return err
 	}
-	done, copied, err := s.fill(c, content)
-	if done > 0 && errors.Is(err, errChanging) {
-		err = nil // at least the page that is waited for is there
-	}
+	// The page first: whoever waits for it goes on while the others are copied.
+	_, copied, err := s.fill(c.part(addr, addr+pageSize), content[:pageSize])
 	switch {
-	case errors.Is(err, errChanging):
+	case errors.Is(err, errNotNow):
 		s.deferred = append(s.deferred, addr)
 		return nil
-	case err == nil && copied < pageSize:
+	case err != nil:
+		return err
+	case copied < pageSize:
 		uffdWake(s.fd, addr, pageSize) // it was there already
+	}
+	if _, _, err = s.fill(c.part(addr+pageSize, c.end()), content[pageSize:]); errors.Is(err, errNotNow) {
+		err = nil // nobody waits for them
 	}
 	return err
 }

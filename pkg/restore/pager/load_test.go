@@ -1,0 +1,40 @@
+package pager
+
+import "testing"
+
+func TestParseRunnable(t *testing.T) {
+	for text, want := range map[string]int{
+		"0.20 0.18 0.12 1/80 11206\n":   1,
+		"99.9 18.0 0.12 117/8000 6\n":   117,
+		"":                              -1,
+		"0.20 0.18 0.12 1 11206\n":      -1,
+		"0.20 0.18 0.12 x/80 11206\n":   -1,
+		"0.20 0.18 0.12 1/80 11206 7\n": -1,
+	} {
+		got, ok := parseRunnable([]byte(text))
+		if ok != (want >= 0) || ok && got != want {
+			t.Errorf("%q: %d, %v", text, got, ok)
+		}
+	}
+}
+
+// TestCrowded: without the kernel's word nobody takes a processor.
+func TestCrowded(t *testing.T) {
+	l := openLoad()
+	if l.fd < 0 {
+		t.Fatal("no /proc/loadavg")
+	}
+	n := 0
+	for range 1000 {
+		if !l.crowded() {
+			n++
+		}
+	}
+	if n == 0 {
+		t.Log("the machine is busy all the time")
+	}
+	l.close()
+	if gone := (&load{fd: -1}); !gone.crowded() {
+		t.Error("not crowded, as far as nobody knows")
+	}
+}
