@@ -92,11 +92,11 @@ func TestHotSpace(t *testing.T) {
 		p.spaces[i] = &space{p: p, fd: i, todo: []span{{addr: 1 << 20, size: HotSize}}}
 	}
 	p.spaces[13].todo[0].hot = true
-	if s := p.next(); s.fd != 13 {
+	if s, hot := p.next(); s.fd != 13 || !hot {
 		t.Errorf("space %d comes first", s.fd)
 	}
 	p.spaces[13].todo = nil
-	if s := p.next(); s.fd == 13 {
+	if s, hot := p.next(); s.fd == 13 || hot {
 		t.Error("a space with nothing to do")
 	}
 }
@@ -111,19 +111,20 @@ func TestRestDelay(t *testing.T) {
 	hot, rest := &space{p: p, fd: 1}, &space{p: p, fd: 2, todo: []span{{addr: 1 << 20, size: HotSize}}}
 	hot.todo = []span{{addr: 1 << 20, size: HotSize, hot: true}}
 	p.spaces[1], p.spaces[2] = hot, rest
-	if s := p.next(); s != hot {
+	if s, isHot := p.next(); s != hot || !isHot {
 		t.Errorf("before CRIU is done: %v", s)
 	}
 	begin := time.Now()
 	p.setReady()
-	if s := p.next(); s != hot {
+	if s, isHot := p.next(); s != hot || !isHot {
 		t.Errorf("what comes first is %v", s)
 	}
 	hot.todo = nil
 	next := func(helper bool) *space {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		return p.nextLocked(helper)
+		s, _ := p.nextLocked(helper)
+		return s
 	}
 	if s := next(true); s != rest {
 		t.Errorf("an idle processor gets %v", s)
@@ -157,10 +158,10 @@ func TestUnregistered(t *testing.T) {
 	if len(s.todo) != 2 || !s.todo[0].hot || s.todo[0].size != HotSize || len(s.claimed) > 0 {
 		t.Errorf("left to do: %+v, claimed %+v", s.todo, s.claimed)
 	}
-	if next := p.next(); next != nil {
+	if p.hasNext() {
 		t.Error("tried again at once")
 	}
-	for end := time.Now().Add(10 * time.Second); p.next() == nil; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(10 * time.Second); !p.hasNext(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("never tried again")
 		}

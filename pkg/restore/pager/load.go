@@ -42,15 +42,15 @@ func (l *load) close() {
 	}
 }
 
-// crowded tells whether more threads than there are processors want one, the
-// caller's included. Where that cannot be known they may.
-func (l *load) crowded() bool {
+// crowded tells whether more threads than so many for each processor want one,
+// the caller's included. Where that cannot be known they may.
+func (l *load) crowded(each int) bool {
 	n, err := unix.Pread(l.fd, l.buf[:], 0)
 	if err != nil {
 		return true
 	}
 	runnable, ok := parseRunnable(l.buf[:n])
-	return !ok || runnable > runtime.NumCPU()
+	return !ok || runnable > each*runtime.NumCPU()
 }
 
 // parseRunnable is the number of threads that run or could, of the content of

@@ -26,7 +26,7 @@ func TestCrowded(t *testing.T) {
 	}
 	n := 0
 	for range 1000 {
-		if !l.crowded() {
+		if !l.crowded(1) {
 			n++
 		}
 	}
@@ -34,7 +34,7 @@ func TestCrowded(t *testing.T) {
 		t.Log("the machine is busy all the time")
 	}
 	l.close()
-	if gone := (&load{fd: -1}); !gone.crowded() {
+	if gone := (&load{fd: -1}); !gone.crowded(1) {
 		t.Error("not crowded, as far as nobody knows")
 	}
 }

@@ -404,6 +404,8 @@ func (p *Pager) setReady() {
 func (p *Pager) serve() {
 	ownThread()
 	looked, progress, filled := uint64(0), time.Now(), time.Now()
+	l := openLoad()
+	defer l.close()
 	var w window // of the bulk
 	for wait := idleWait; ; {
 		due, err := p.poll(wait)
@@ -423,11 +425,14 @@ func (p *Pager) serve() {
 				return
 			}
 		}
-		// Faults come first; but a program that never stops to have some is to get
-		// all of its memory, too.
-		joins := p.helping.Load() < enoughHelpers
+		// Faults come first, and where there is a crowd, as of containers that are
+		// started at once, whatever else there is; but a program is to get all of
+		// its memory even if it never stops to have faults.
+		joins, yields := p.helping.Load() < enoughHelpers, false
 		if joins && (len(due) == 0 || time.Since(filled) > busyTime) {
-			if s := p.next(); s != nil {
+			s, hot := p.next()
+			yields = s != nil && !hot && time.Since(filled) <= busyTime && l.crowded(crowdEach)
+			if s != nil && !yields {
 				filled = time.Now()
 				// Where it is changing the event that tells how is read next.
 				if err := p.piece(s, &w, p.serverChunk()); err != nil && !errors.Is(err, errNotNow) {
@@ -446,9 +451,9 @@ func (p *Pager) serve() {
 			return
 		}
 		switch {
-		case joins && p.next() != nil:
+		case joins && !yields && p.hasNext():
 			wait = 0
-		case deferred, left > 0 && !ready, !joins:
+		case deferred, left > 0 && !ready, !joins, yields:
 			wait = retryWait
 		default:
 			wait = idleWait
@@ -465,10 +470,14 @@ func (p *Pager) serve() {
 const (
 	idleWait  = 100 * time.Millisecond
 	retryWait = time.Millisecond
+	// crowdEach threads for each processor are a crowd, of which a container that
+	// has been started is not one on its own.
+	crowdEach = 2
 	// enoughHelpers leave the thread that answers faults nothing to do in bulk.
 	enoughHelpers = 2
-	// crowdedWait is how long a helper waits for an idle processor, each time.
-	crowdedWait = 100 * time.Microsecond
+	// A helper looks for an idle processor again after minCrowded, then after twice
+	// as long each time, to maxCrowded.
+	minCrowded, maxCrowded = 100 * time.Microsecond, 10 * time.Millisecond
 )
 
 // poll returns the spaces that have something to say.
@@ -577,7 +586,7 @@ func (p *Pager) help() {
 	l := openLoad()
 	defer l.close()
 	var w window
-	helping := false
+	helping, wait := false, minCrowded
 	is := func(now bool) {
 		if now != helping {
 			p.helping.Add(map[bool]int32{true: 1, false: -1}[now])
@@ -586,11 +595,11 @@ func (p *Pager) help() {
 	}
 	for {
 		p.mu.Lock()
-		s := p.nextLocked(true)
+		s, _ := p.nextLocked(true)
 		for s == nil && !p.ended {
 			is(false)
 			p.cond.Wait()
-			s = p.nextLocked(true)
+			s, _ = p.nextLocked(true)
 		}
 		ended := p.ended
 		p.mu.Unlock()
@@ -598,13 +607,15 @@ func (p *Pager) help() {
 			is(false)
 			return
 		}
-		if l.crowded() {
+		if l.crowded(1) {
 			is(false)
-			wait := unix.NsecToTimespec(int64(crowdedWait))
-			unix.Nanosleep(&wait, nil) // a timer of Go's has a millisecond for its unit
+			pause := unix.NsecToTimespec(int64(wait))
+			unix.Nanosleep(&pause, nil) // a timer of Go's has a millisecond for its unit
+			wait = min(2*wait, maxCrowded)
 			continue
 		}
 		is(true)
+		wait = minCrowded
 		err := p.piece(s, &w, chunkSize)
 		switch {
 		case errors.Is(err, errNotNow):
@@ -654,12 +665,17 @@ func (p *Pager) piece(s *space, w *window, size uint64) error {
 	return err
 }
 
-// next finds a space with something to do now, of which one with memory that will
-// be asked for comes first; nil for none.
-func (p *Pager) next() *space {
+// next finds a space with something to do now, and tells whether that is memory
+// that will be asked for, which comes first; nil for none.
+func (p *Pager) next() (s *space, hot bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.nextLocked(false)
+}
+
+func (p *Pager) hasNext() bool {
+	s, _ := p.next()
+	return s != nil
 }
 
 // nextLocked is next for a caller that holds mu. A helper takes also what is not hot
@@ -667,16 +683,16 @@ func (p *Pager) next() *space {
 //
 // Until CRIU is done no memory may be registered, or only some: what is not is
 // tried again.
-func (p *Pager) nextLocked(helper bool) (next *space) {
+func (p *Pager) nextLocked(helper bool) (next *space, hot bool) {
 	for _, s := range p.spaces {
 		waits, hot := s.waits()
 		switch {
 		case !waits || !p.ready && time.Now().Before(s.retry):
 		case hot:
-			return s
+			return s, true
 		case p.rest || helper:
 			next = s
 		}
 	}
-	return next
+	return next, false
 }

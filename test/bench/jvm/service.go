@@ -199,7 +199,7 @@ func watchFill(ctx context.Context, container string) float64 {
 		return 0
 	}
 	first, last := points[0], points[len(points)-1]
-	if first.rss > last.rss*8/10 {
+	if first.rss > last.rss/2 {
 		return 0
 	}
 	for _, p := range points {
