@@ -26,7 +26,7 @@ import (
 )
 
 // A container's memory is filled by a pager in the shim, see package pager,
-// while its tasks run already. Memory that nobody can fill any more must never
+// most of it while its tasks run already. Memory that nobody can fill any more must never
 // be read, for it reads as zero once the last descriptor of it is closed. So
 // whoever holds the descriptors kills the container first: the shim, where the
 // pager fails; the holder, a child of the shim that has copies of them, where
@@ -40,8 +40,8 @@ import (
 // in the runtime directory tells that there has been one.
 
 const (
-	// minLazyBytes: a pager costs the start of a process, 10 to 20 ms beside
-	// runc's own, and faults. CRIU reads 0.2 to 0.5 GB/s, so at least 64 ms of
+	// minLazyBytes: a pager costs the start of a process, 5 to 45 ms of a
+	// processor, and faults. CRIU reads 0.2 to 0.5 GB/s, so at least 64 ms of
 	// this much: enough that it pays on a slow day, too.
 	minLazyBytes = 32 << 20
 	// fillTimeout, and the time for the memory at fillRate in bytes per second,
@@ -104,6 +104,7 @@ type lazyRestore struct {
 	from  *pendingRestore
 	pager *pager.Pager
 	end   context.CancelCauseFunc // of the pager
+	early time.Duration           // that the pager was there before the inner Start
 
 	holder *os.Process
 	exited chan struct{} // closed when the holder is gone
@@ -144,26 +145,33 @@ func (s *service) startLazy(ctx context.Context, c *container, p *pendingRestore
 }
 
 // endStart ends a pager that was started and has not begun.
-func (p *pendingRestore) endStart() error {
+func (p *pendingRestore) endStart(ctx context.Context) {
 	l := p.start
 	if l == nil {
-		return nil
+		return
 	}
 	p.start = nil
-	<-l.done
-	if l.err != nil {
-		return nil // there is none
+	ended := make(chan struct{})
+	go func() { // as long as the disk takes, which the caller may not have
+		defer close(ended)
+		if <-l.done; l.err != nil {
+			return // there is none
+		}
+		if err := l.lazy.close(); err != nil {
+			log.G(ctx).WithError(err).Warn("close pager")
+		}
+	}()
+	select {
+	case <-ended:
+	case <-ctx.Done():
 	}
-	return l.lazy.close()
 }
 
 // beginLazy makes ready for a restore with a pager, or returns nil where CRIU
 // is to read memory itself.
 func (s *service) beginLazy(ctx context.Context, c *container, p *pendingRestore) *lazyRestore {
 	if p.start != nil && time.Since(p.start.at) > maxEarly {
-		if err := p.endStart(); err != nil {
-			log.G(ctx).WithError(err).Warn("close pager")
-		}
+		p.endStart(ctx)
 	}
 	if p.start == nil {
 		s.startLazy(ctx, c, p)
@@ -173,6 +181,7 @@ func (s *service) beginLazy(ctx context.Context, c *container, p *pendingRestore
 	}
 	<-p.start.done
 	l, err := p.start.lazy, p.start.err
+	early := time.Since(p.start.at)
 	p.start = nil
 	if err == nil {
 		if err = s.mark(p); err != nil {
@@ -190,6 +199,7 @@ func (s *service) beginLazy(ctx context.Context, c *container, p *pendingRestore
 		p.eager = err.Error()
 		return nil
 	}
+	l.early = early
 	c.mu.Lock()
 	c.lazy = l
 	c.mu.Unlock()
@@ -339,7 +349,7 @@ func (s *service) follow(ctx context.Context, c *container, l *lazyRestore) {
 		log.G(ctx).WithFields(log.Fields{
 			"op": "fill", "duration_ms": st.Filled.Milliseconds(), "size_bytes": st.CopiedBytes,
 			"early_bytes": st.EarlyBytes,
-			"faults":      st.Faults, "hot_ranges": st.HotRanges, "verify_ms": p.verify.Milliseconds(), "criu_ms": st.Restored.Milliseconds(),
+			"faults":      st.Faults, "hot_ranges": st.HotRanges, "verify_ms": p.verify.Milliseconds(), "criu_ms": (st.Restored - l.early).Milliseconds(),
 		}).Info("memory is full")
 		s.recordHot(cleanup, l)
 		if err := p.claim.Consume(cleanup); err != nil {

@@ -219,7 +219,8 @@ func applyFile(ctx context.Context, name, dir string, opt layer.Options) (layer.
 // cleanRestore undoes what prepareRestore did to the pod, so that a cold start
 // finds what it would have found without a checkpoint.
 func (s *service) cleanRestore(ctx context.Context, c *container, p *pendingRestore) error {
-	errs := []error{p.endStart()}
+	p.endStart(ctx)
+	var errs []error
 	for _, a := range p.applied {
 		err := a.Undo()
 		if p.ran && err != nil {

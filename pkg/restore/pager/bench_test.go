@@ -2,14 +2,22 @@ package pager
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 )
 
@@ -21,6 +29,77 @@ import (
 func BenchmarkRestore(b *testing.B) {
 	for _, mb := range []int{100, 1000} {
 		b.Run(fmt.Sprintf("%dMB", mb), func(b *testing.B) { benchmarkRestore(b, mb<<20) })
+	}
+}
+
+// BenchmarkFill fills memory of this process that nobody waits for, from a file
+// in the page cache, by one thread and by two: what the pager reaches when nothing
+// else runs. Each block of the file is checked, as a template's are.
+func BenchmarkFill(b *testing.B) {
+	const size = 512 << 20
+	name := filepath.Join(b.TempDir(), "pages-1.img")
+	f, err := os.Create(name)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	noise := rand.NewChaCha8([32]byte{})
+	blocks := &checkpoint.Blocks{SizeBytes: 64 << 10}
+	sum, table := uint32(0), crc32.MakeTable(crc32.Castagnoli) // of the file up to a block's end
+	for block := make([]byte, blocks.SizeBytes); blocks.Count() < size/blocks.SizeBytes; {
+		noise.Read(block)
+		sum = crc32.Update(sum, table, block)
+		blocks.Add(sum)
+		if _, err := f.Write(block); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		b.Fatal(err)
+	}
+	for _, threads := range []int{1, 2} {
+		b.Run(fmt.Sprintf("threads=%d", threads), func(b *testing.B) {
+			b.SetBytes(size)
+			for b.Loop() {
+				b.StopTimer()
+				mem, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+				if err != nil {
+					b.Fatal(err)
+				}
+				start := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mem))))
+				fd := newUffd(b)
+				register := [4]uint64{start, size, 1}
+				if errno := ioctl(fd, 0xc020aa00, unsafe.Pointer(&register)); errno != 0 {
+					b.Fatal(errno)
+				}
+				p := &Pager{ready: true, restored: make(chan struct{})}
+				close(p.restored)
+				all := span{addr: start, size: size}
+				s := &space{p: p, fd: fd, src: &content{f, size, blocks}, spans: []span{all}, todo: []span{all}}
+				b.StartTimer()
+				var wg sync.WaitGroup
+				for range threads {
+					wg.Go(func() {
+						var w window
+						for s.unclaimed() {
+							if err := s.bulk(&w, chunkSize); err != nil {
+								b.Error(err)
+								return
+							}
+						}
+					})
+				}
+				wg.Wait()
+				b.StopTimer()
+				if got := p.copied.Load(); got != size {
+					b.Errorf("%d bytes were copied", got)
+				}
+				if err := errors.Join(unix.Close(fd), unix.Munmap(mem)); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+			}
+		})
 	}
 }
 

@@ -1,7 +1,7 @@
 // Package pager fills the memory of tasks that CRIU restores lazily: CRIU
 // registers private anonymous memory with a userfaultfd instead of reading it,
-// and the pager copies it from the images, in bulk while the tasks already run,
-// and page by page where they wait for it.
+// and the pager copies it from the images, in bulk, beginning shortly before the
+// tasks run, and page by page where they wait for it.
 //
 // Invariants:
 //
@@ -27,7 +27,9 @@
 // place, and no task has run code of the application. When this last message
 // cannot be sent, CRIU kills the tasks and fails (cr-restore.c:
 // restore_root_task, out_kill_network_unlocked). Before it, tasks only fault,
-// in CRIU's restorer.
+// in CRIU's restorer, which moves each mapping to its place and registers it there
+// (pie/restorer.c: vma_remap): what is registered may be filled, while copies to
+// what is not are refused.
 //
 // Events of two threads may come in the wrong order (fs/userfaultfd.c queues
 // them after the change and without its lock): memory that was unmapped is told

@@ -89,7 +89,7 @@ func TestHotFirst(t *testing.T) {
 func TestHotSpace(t *testing.T) {
 	p := &Pager{ready: true, rest: true, spaces: map[int]*space{}}
 	for i := range 20 {
-		p.spaces[i] = &space{p: p, fd: i, todo: []span{{addr: 1 << 20, size: HotSize}}}
+		p.spaces[i] = &space{p: p, fd: i, watched: true, todo: []span{{addr: 1 << 20, size: HotSize}}}
 	}
 	p.spaces[13].todo[0].hot = true
 	if s, hot := p.next(); s.fd != 13 || !hot {
@@ -108,7 +108,7 @@ func TestRestDelay(t *testing.T) {
 	p.cond.L = &p.mu
 	p.ending, p.stop = context.WithCancel(t.Context())
 	defer p.stop()
-	hot, rest := &space{p: p, fd: 1}, &space{p: p, fd: 2, todo: []span{{addr: 1 << 20, size: HotSize}}}
+	hot, rest := &space{p: p, fd: 1, watched: true}, &space{p: p, fd: 2, watched: true, todo: []span{{addr: 1 << 20, size: HotSize}}}
 	hot.todo = []span{{addr: 1 << 20, size: HotSize, hot: true}}
 	p.spaces[1], p.spaces[2] = hot, rest
 	if s, isHot := p.next(); s != hot || !isHot {
@@ -147,18 +147,19 @@ func TestUnregistered(t *testing.T) {
 	fd := newUffd(t)
 	defer unix.Close(fd)
 	data := make([]byte, HotSize)
-	s := &space{p: p, fd: fd, src: &content{size: HotSize}, todo: []span{
+	s := &space{p: p, fd: fd, watched: true, src: &content{size: HotSize}, todo: []span{
 		{addr: 1 << 20, size: HotSize, hot: true}, {addr: 2 << 20, size: HotSize},
 	}}
 	w := window{from: s.src, data: data}
 	p.spaces[fd] = s
+	begin := time.Now()
 	if err := p.piece(s, &w, chunkSize); !errors.Is(err, errNotNow) {
 		t.Errorf("nothing is registered: %v", err)
 	}
 	if len(s.todo) != 2 || !s.todo[0].hot || s.todo[0].size != HotSize || len(s.claimed) > 0 {
 		t.Errorf("left to do: %+v, claimed %+v", s.todo, s.claimed)
 	}
-	if p.hasNext() {
+	if !s.retry.After(begin) {
 		t.Error("tried again at once")
 	}
 	for end := time.Now().Add(10 * time.Second); !p.hasNext(); time.Sleep(time.Millisecond) {

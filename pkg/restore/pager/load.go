@@ -14,12 +14,23 @@ import (
 // default that is some milliseconds, for which a request would wait.
 const sliceTime = 100 * time.Microsecond
 
-// ownThread gives the goroutine a thread, which ends with it, and which leaves its
-// processor soon to whoever wants it.
-func ownThread() {
+// ownThread gives the goroutine a thread that leaves its processor soon to whoever
+// wants it, until release is called. The thread must not end: it may have started a
+// runc, which the kernel then kills.
+func ownThread() (release func()) {
 	runtime.LockOSThread()
 	// A hint: before Linux 6.12 it does nothing.
-	unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Runtime: uint64(sliceTime)}, 0)
+	before, err := unix.SchedGetAttr(0, 0)
+	if err != nil || before.Policy != unix.SCHED_NORMAL {
+		return runtime.UnlockOSThread
+	}
+	short := *before
+	short.Runtime = uint64(sliceTime)
+	unix.SchedSetAttr(0, &short, 0)
+	return func() {
+		unix.SchedSetAttr(0, before, 0)
+		runtime.UnlockOSThread()
+	}
 }
 
 // load is what the machine has to do. It has one user.
@@ -43,14 +54,19 @@ func (l *load) close() {
 }
 
 // crowded tells whether more threads than so many for each processor want one,
-// the caller's included. Where that cannot be known they may.
-func (l *load) crowded(each int) bool {
+// the caller's included; or what the caller takes for it where that is not known.
+// Threads are those of the whole machine, processors those that this process may
+// use: where these are few the answer is yes too often.
+func (l *load) crowded(each int, unknown bool) bool {
 	n, err := unix.Pread(l.fd, l.buf[:], 0)
 	if err != nil {
-		return true
+		return unknown
 	}
 	runnable, ok := parseRunnable(l.buf[:n])
-	return !ok || runnable > each*runtime.NumCPU()
+	if !ok {
+		return unknown
+	}
+	return runnable > each*runtime.NumCPU()
 }
 
 // parseRunnable is the number of threads that run or could, of the content of

@@ -37,9 +37,9 @@ type Options struct {
 	// StallTimeout bounds the time in which nothing is filled though something
 	// is to be; default 30 s.
 	StallTimeout time.Duration
-	// Hot is memory that the bulk begins with, see [Pager.Touched]: each process's
-	// in this order, and all processes' before the rest. What is not in the images
-	// is ignored.
+	// Hot is memory that the bulk begins with, see [Pager.Touched], as soon as it is
+	// registered: each process's in this order, and all processes' before the rest.
+	// What is not in the images is ignored.
 	Hot []Range
 	// RestDelay is how long, after CRIU's last message, nothing but Hot is copied in
 	// bulk, except by processors that have nothing else to do: runc and the first
@@ -373,7 +373,9 @@ func (p *Pager) add(s *space) error {
 		return err
 	}
 	p.mu.Lock()
+	s.watched = true
 	p.cond.Broadcast()
+	p.wakeServer()
 	p.mu.Unlock()
 	return nil
 }
@@ -402,7 +404,7 @@ func (p *Pager) setReady() {
 
 // serve answers faults and follows events.
 func (p *Pager) serve() {
-	ownThread()
+	defer ownThread()()
 	looked, progress, filled := uint64(0), time.Now(), time.Now()
 	l := openLoad()
 	defer l.close()
@@ -428,14 +430,15 @@ func (p *Pager) serve() {
 		// Faults come first, and where there is a crowd, as of containers that are
 		// started at once, whatever else there is; but a program is to get all of
 		// its memory even if it never stops to have faults.
-		joins, yields := p.helping.Load() < enoughHelpers, false
+		joins, yields, again := p.helping.Load() < enoughHelpers, false, false
 		if joins && (len(due) == 0 || time.Since(filled) > busyTime) {
 			s, hot := p.next()
-			yields = s != nil && !hot && time.Since(filled) <= busyTime && l.crowded(crowdEach)
+			yields = s != nil && !hot && time.Since(filled) <= busyTime && p.sinceRestored() < crowdTime && l.crowded(crowdEach, false)
 			if s != nil && !yields {
 				filled = time.Now()
-				// Where it is changing the event that tells how is read next.
-				if err := p.piece(s, &w, p.serverChunk()); err != nil && !errors.Is(err, errNotNow) {
+				err := p.piece(s, &w, p.serverChunk())
+				// Where it is changing the event that tells how comes soon.
+				if again = errors.Is(err, errNotNow); err != nil && !again {
 					p.end(err)
 					return
 				}
@@ -451,9 +454,13 @@ func (p *Pager) serve() {
 			return
 		}
 		switch {
-		case joins && !yields && p.hasNext():
+		case deferred, again, !ready && p.untried():
+			wait = retryWait
+		case yields:
+			wait = busyTime
+		case joins && p.hasNext():
 			wait = 0
-		case deferred, left > 0 && !ready, !joins, yields:
+		case !joins:
 			wait = retryWait
 		default:
 			wait = idleWait
@@ -470,9 +477,11 @@ func (p *Pager) serve() {
 const (
 	idleWait  = 100 * time.Millisecond
 	retryWait = time.Millisecond
-	// crowdEach threads for each processor are a crowd, of which a container that
-	// has been started is not one on its own.
+	// crowdEach threads for each processor are a crowd, more than a container in its
+	// first moments commonly is on its own. To such a one the bulk gives way, for
+	// crowdTime after the restore: memory must become full on a busy machine, too.
 	crowdEach = 2
+	crowdTime = 3 * time.Second
 	// enoughHelpers leave the thread that answers faults nothing to do in bulk.
 	enoughHelpers = 2
 	// A helper looks for an idle processor again after minCrowded, then after twice
@@ -524,7 +533,9 @@ func (p *Pager) finishFull(ready bool) (left int, deferred bool, err error) {
 	p.mu.Lock()
 	all := make([]*space, 0, len(p.spaces))
 	for _, s := range p.spaces {
-		all = append(all, s)
+		if s.watched {
+			all = append(all, s)
+		}
 	}
 	p.mu.Unlock()
 	for _, s := range all {
@@ -582,7 +593,7 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 // help copies in bulk until the end, while there is a processor for it. It must
 // not take one from the tasks, for which a request would wait.
 func (p *Pager) help() {
-	ownThread()
+	defer ownThread()()
 	l := openLoad()
 	defer l.close()
 	var w window
@@ -607,7 +618,7 @@ func (p *Pager) help() {
 			is(false)
 			return
 		}
-		if l.crowded(1) {
+		if l.crowded(1, true) {
 			is(false)
 			pause := unix.NsecToTimespec(int64(wait))
 			unix.Nanosleep(&pause, nil) // a timer of Go's has a millisecond for its unit
@@ -678,6 +689,27 @@ func (p *Pager) hasNext() bool {
 	return s != nil
 }
 
+// untried tells whether there is hot memory that may not be registered yet.
+func (p *Pager) untried() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, s := range p.spaces {
+		if waits, hot := s.waits(); waits && hot {
+			return true
+		}
+	}
+	return false
+}
+
+// sinceRestored is the time since CRIU's last message, negative before it.
+func (p *Pager) sinceRestored() time.Duration {
+	at := time.Duration(p.restoredAt.Load())
+	if at == 0 {
+		return -1
+	}
+	return time.Since(p.start) - at
+}
+
 // nextLocked is next for a caller that holds mu. A helper takes also what is not hot
 // before its time.
 //
@@ -687,7 +719,7 @@ func (p *Pager) nextLocked(helper bool) (next *space, hot bool) {
 	for _, s := range p.spaces {
 		waits, hot := s.waits()
 		switch {
-		case !waits || !p.ready && time.Now().Before(s.retry):
+		case !waits || !s.watched || !p.ready && time.Now().Before(s.retry):
 		case hot:
 			return s, true
 		case p.rest || helper:

@@ -33,7 +33,7 @@ func sampleImages(t *testing.T) string {
 	return dir
 }
 
-func newUffd(t *testing.T) int {
+func newUffd(t testing.TB) int {
 	t.Helper()
 	const userModeOnly = 1
 	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK|userModeOnly, 0, 0)

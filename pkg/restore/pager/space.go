@@ -38,7 +38,11 @@ type space struct {
 	child bool   // made by fork
 	fd    int    // userfaultfd; -1 once closed
 	src   *content
-	retry time.Time // when to look again for memory that is not registered yet; guarded by the pager's mu
+	// The pager's mu guards these: watched tells that the server hears of its events,
+	// without which nothing is copied, and retry when to look again for memory that is
+	// not registered yet.
+	watched bool
+	retry   time.Time
 
 	// rw orders copies, which hold it for reading, and the reading of events.
 	rw sync.RWMutex
@@ -187,6 +191,7 @@ func (s *space) fill(c span, buf []byte) (done, copied uint64, err error) {
 	again := false
 	for try := c.size; done < c.size; {
 		n := min(try, c.size-done)
+		restored := s.p.isRestored() // before: CRIU registers, and then it is done
 		filled, errno := uffdCopy(s.fd, c.addr+done, buf[done:done+n])
 		done += filled
 		copied += filled
@@ -215,7 +220,7 @@ func (s *space) fill(c span, buf []byte) (done, copied uint64, err error) {
 				// If it was unmapped meanwhile, the kernel refuses from now on.
 				again = true
 				continue
-			case !s.p.isRestored():
+			case !restored:
 				err = errUnregistered
 			case s.child || c.doubtful: // MADV_DONTFORK, for one
 				done += pageSize
