@@ -408,7 +408,8 @@ func (p *Pager) serve() {
 	looked, progress, filled := uint64(0), time.Now(), time.Now()
 	l := openLoad()
 	defer l.close()
-	var w window // of the bulk
+	var w window                // of the bulk
+	yielded := time.Duration(0) // for the last time
 	for wait := idleWait; ; {
 		due, err := p.poll(wait)
 		if err != nil {
@@ -444,6 +445,9 @@ func (p *Pager) serve() {
 				}
 			}
 		}
+		if !yields {
+			yielded = 0
+		}
 		left, deferred, err := p.finishFull(ready)
 		if err != nil {
 			p.end(err)
@@ -457,7 +461,9 @@ func (p *Pager) serve() {
 		case deferred, again, !ready && p.untried():
 			wait = retryWait
 		case yields:
-			wait = busyTime
+			// Most crowds are gone in a moment.
+			yielded = min(max(2*yielded, retryWait), busyTime)
+			wait = yielded
 		case joins && p.hasNext():
 			wait = 0
 		case !joins:
@@ -477,16 +483,17 @@ func (p *Pager) serve() {
 const (
 	idleWait  = 100 * time.Millisecond
 	retryWait = time.Millisecond
-	// crowdEach threads for each processor are a crowd, more than a container in its
-	// first moments commonly is on its own. To such a one the bulk gives way, for
-	// crowdTime after the restore: memory must become full on a busy machine, too.
-	crowdEach = 2
+	// More than crowdEach threads for each processor are a crowd, such as containers
+	// that are started at once, which one on its own commonly is not. To a crowd the
+	// bulk gives way, for crowdTime after the restore: memory must become full on a
+	// busy machine, too.
+	crowdEach = 4
 	crowdTime = 3 * time.Second
 	// enoughHelpers leave the thread that answers faults nothing to do in bulk.
 	enoughHelpers = 2
 	// A helper looks for an idle processor again after minCrowded, then after twice
 	// as long each time, to maxCrowded.
-	minCrowded, maxCrowded = 100 * time.Microsecond, 10 * time.Millisecond
+	minCrowded, maxCrowded = 100 * time.Microsecond, 1600 * time.Microsecond
 )
 
 // poll returns the spaces that have something to say.
