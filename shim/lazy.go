@@ -104,7 +104,9 @@ type lazyRestore struct {
 	from  *pendingRestore
 	pager *pager.Pager
 	end   context.CancelCauseFunc // of the pager
-	early time.Duration           // that the pager was there before the inner Start
+	// The pager was started, and was there for so long before the inner Start.
+	started time.Time
+	early   time.Duration
 
 	holder *os.Process
 	exited chan struct{} // closed when the holder is gone
@@ -126,6 +128,9 @@ type lazyStart struct {
 // maxEarly bounds the time for which a pager that was started in Create waits for
 // Start, to a small part of what CRIU has from its start on.
 const maxEarly = 10 * time.Second
+
+// endWait bounds the time for which a rollback waits for a pager to end.
+const endWait = 5 * time.Second
 
 // startLazy starts the pager of a restore that may have one. It is to be begun
 // or ended.
@@ -161,6 +166,8 @@ func (p *pendingRestore) endStart(ctx context.Context) {
 			log.G(ctx).WithError(err).Warn("close pager")
 		}
 	}()
+	ctx, cancel := context.WithTimeout(ctx, endWait) // of a rollback more is to be done
+	defer cancel()
 	select {
 	case <-ended:
 	case <-ctx.Done():
@@ -179,9 +186,14 @@ func (s *service) beginLazy(ctx context.Context, c *container, p *pendingRestore
 	if p.eager != "" {
 		return nil
 	}
-	<-p.start.done
+	select {
+	case <-p.start.done:
+	case <-ctx.Done():
+		p.endStart(ctx)
+		p.eager = fmt.Sprintf("no pager in time: %v", ctx.Err())
+		return nil
+	}
 	l, err := p.start.lazy, p.start.err
-	early := time.Since(p.start.at)
 	p.start = nil
 	if err == nil {
 		if err = s.mark(p); err != nil {
@@ -199,7 +211,7 @@ func (s *service) beginLazy(ctx context.Context, c *container, p *pendingRestore
 		p.eager = err.Error()
 		return nil
 	}
-	l.early = early
+	l.early = time.Since(l.started)
 	c.mu.Lock()
 	c.lazy = l
 	c.mu.Unlock()
@@ -261,12 +273,14 @@ func (s *service) startPager(ctx context.Context, c *container, p *pendingRestor
 		l.end(nil)
 		return nil, fmt.Errorf("holder: %w", err)
 	}
+	hot := s.hot(ctx, p)
+	l.started = time.Now()
 	l.pager, err = pager.Start(life, pager.Options{
 		ImageDir:     filepath.Join(p.claim.Dir(), checkpoint.ImageDir),
 		WorkDir:      work,
 		StallTimeout: stallTimeout,
 		RestDelay:    restDelay,
-		Hot:          s.hot(ctx, p),
+		Hot:          hot,
 		Keeper:       pager.NewKeeper(l.conn),
 		Blocks:       p.claim.Manifest().Blocks(),
 	})

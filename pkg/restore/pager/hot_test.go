@@ -91,13 +91,35 @@ func TestHotSpace(t *testing.T) {
 	for i := range 20 {
 		p.spaces[i] = &space{p: p, fd: i, watched: true, todo: []span{{addr: 1 << 20, size: HotSize}}}
 	}
-	p.spaces[13].todo[0].hot = true
+	p.spaces[13].todo[0].hot, p.spaces[7].todo[0].hot = true, true
+	p.spaces[7].watched = false // nobody would hear of its events
 	if s, hot := p.next(); s.fd != 13 || !hot {
 		t.Errorf("space %d comes first", s.fd)
 	}
 	p.spaces[13].todo = nil
 	if s, hot := p.next(); s.fd == 13 || hot {
 		t.Error("a space with nothing to do")
+	}
+}
+
+// TestNextWait: the server sleeps where there is nothing for it to copy, and only
+// there.
+func TestNextWait(t *testing.T) {
+	for _, tt := range []struct {
+		name               string
+		again, piece, soon bool
+		pause, want        time.Duration
+	}{
+		{"a piece", false, true, false, 0, 0},
+		{"a hot piece before CRIU is done", false, true, true, 0, 0},
+		{"memory that is not registered yet", false, false, true, 0, retryWait},
+		{"memory that is changing", true, true, false, 0, retryWait},
+		{"a crowd", false, true, false, busyTime, busyTime},
+		{"nothing", false, false, false, 0, idleWait},
+	} {
+		if got := nextWait(tt.again, tt.piece, tt.soon, tt.pause); got != tt.want {
+			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
+		}
 	}
 }
 

@@ -431,7 +431,7 @@ func (p *Pager) serve() {
 		// Faults come first, and where there is a crowd, as of containers that are
 		// started at once, whatever else there is; but a program is to get all of
 		// its memory even if it never stops to have faults.
-		joins, yields, again := p.helping.Load() < enoughHelpers, false, false
+		joins, yields, changing := p.helping.Load() < enoughHelpers, false, false
 		if joins && (len(due) == 0 || time.Since(filled) > busyTime) {
 			s, hot := p.next()
 			yields = s != nil && !hot && time.Since(filled) <= busyTime && p.sinceRestored() < crowdTime && l.crowded(crowdEach, false)
@@ -439,7 +439,8 @@ func (p *Pager) serve() {
 				filled = time.Now()
 				err := p.piece(s, &w, p.serverChunk())
 				// Where it is changing the event that tells how comes soon.
-				if again = errors.Is(err, errNotNow); err != nil && !again {
+				changing = errors.Is(err, errChanging)
+				if err != nil && !errors.Is(err, errNotNow) {
 					p.end(err)
 					return
 				}
@@ -457,20 +458,13 @@ func (p *Pager) serve() {
 			p.end(nil)
 			return
 		}
-		switch {
-		case deferred, again, !ready && p.untried():
-			wait = retryWait
-		case yields:
-			// Most crowds are gone in a moment.
+		pause := time.Duration(0)
+		if yields {
+			// Most crowds are gone in a moment, and a piece is due in any case.
 			yielded = min(max(2*yielded, retryWait), busyTime)
-			wait = yielded
-		case joins && p.hasNext():
-			wait = 0
-		case !joins:
-			wait = retryWait
-		default:
-			wait = idleWait
+			pause = min(yielded, max(busyTime-time.Since(filled), retryWait))
 		}
+		wait = nextWait(deferred || changing, joins && p.hasNext(), !joins || !ready && p.untried(), pause)
 		if now := p.looked.Load(); now != looked || !ready {
 			looked, progress = now, time.Now()
 		} else if time.Since(progress) > p.opt.StallTimeout {
@@ -478,6 +472,23 @@ func (p *Pager) serve() {
 			return
 		}
 	}
+}
+
+// nextWait is for how long the server may sleep. Something is to be tried again
+// soon; there is a piece to copy now; something may be to be done soon, of which
+// nobody tells; or the bulk pauses.
+func nextWait(again, piece, soon bool, pause time.Duration) time.Duration {
+	switch {
+	case again:
+		return retryWait
+	case pause > 0:
+		return pause
+	case piece:
+		return 0
+	case soon:
+		return retryWait
+	}
+	return idleWait
 }
 
 const (
@@ -519,12 +530,12 @@ func (p *Pager) poll(wait time.Duration) (due []*space, err error) {
 // serveSpace serves a space and takes charge of its children.
 func (p *Pager) serveSpace(s *space) error {
 	children, err := s.serve()
-	for _, c := range children {
-		err = errors.Join(err, p.add(c))
-	}
 	if errors.Is(err, errExited) {
 		s.setGone()
 		err = nil
+	}
+	for _, c := range children {
+		err = errors.Join(err, p.add(c))
 	}
 	if s.unclaimed() { // an event may have brought something to do
 		p.mu.Lock()
