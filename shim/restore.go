@@ -130,7 +130,9 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	// container that goes on from its own checkpoint there is only one, and what
 	// it did meanwhile is done.
 	p.unverified = p.eager == "" && m.Template != ""
-	s.startLazy(ctx, c, p)
+	if p.unverified { // else its checksums take longer than the pager's start
+		s.startLazy(ctx, c, p)
+	}
 	if p.plan, err = restore.Prepare(ctx, r); err != nil {
 		return err
 	}

@@ -4,34 +4,9 @@ import (
 	"bytes"
 	"runtime"
 	"strconv"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// sliceTime is how long a thread of the pager goes on before another may have its
-// processor, as the kernel takes it for ordinary threads since Linux 6.12. By
-// default that is some milliseconds, for which a request would wait.
-const sliceTime = 100 * time.Microsecond
-
-// ownThread gives the goroutine a thread that leaves its processor soon to whoever
-// wants it, until release is called. The thread must not end: it may have started a
-// runc, which the kernel then kills.
-func ownThread() (release func()) {
-	runtime.LockOSThread()
-	// A hint: before Linux 6.12 it does nothing.
-	before, err := unix.SchedGetAttr(0, 0)
-	if err != nil || before.Policy != unix.SCHED_NORMAL {
-		return runtime.UnlockOSThread
-	}
-	short := *before
-	short.Runtime = uint64(sliceTime)
-	unix.SchedSetAttr(0, &short, 0)
-	return func() {
-		unix.SchedSetAttr(0, before, 0)
-		runtime.UnlockOSThread()
-	}
-}
 
 // load is what the machine has to do. It has one user.
 type load struct {

@@ -1,11 +1,6 @@
 package pager
 
-import (
-	"runtime"
-	"testing"
-
-	"golang.org/x/sys/unix"
-)
+import "testing"
 
 func TestParseRunnable(t *testing.T) {
 	for text, want := range map[string]int{
@@ -43,41 +38,5 @@ func TestCrowded(t *testing.T) {
 		if gone := (&load{fd: -1}); gone.crowded(1, unknown) != unknown {
 			t.Errorf("crowded: %v, and nobody knows", !unknown)
 		}
-	}
-}
-
-// TestOwnThread: a thread has a short slice for as long as it is the goroutine's,
-// and keeps whatever else it was given.
-func TestOwnThread(t *testing.T) {
-	runtime.LockOSThread() // which ends with the test: its priority cannot be raised again by everybody
-	before, err := unix.SchedGetAttr(0, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	nicer := *before
-	nicer.Nice = min(before.Nice+3, 19)
-	if err := unix.SchedSetAttr(0, &nicer, 0); err != nil {
-		t.Fatal(err)
-	}
-	if before, err = unix.SchedGetAttr(0, 0); err != nil {
-		t.Fatal(err)
-	}
-	release := ownThread()
-	within, err := unix.SchedGetAttr(0, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	release()
-	after, err := unix.SchedGetAttr(0, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Kernels before Linux 6.12 know of no slice, and say 0.
-	if before.Policy == unix.SCHED_NORMAL && before.Runtime != 0 && within.Runtime != uint64(sliceTime) {
-		t.Errorf("a slice of %d ns", within.Runtime)
-	}
-	within.Runtime = before.Runtime
-	if *within != *before || *after != *before {
-		t.Errorf("before %+v, within %+v, after %+v", before, within, after)
 	}
 }

@@ -29,7 +29,7 @@ type Options struct {
 	// Threads copy in bulk, each while there is a processor for it that has nothing
 	// else to do. Where fewer than two have one, the thread that answers faults
 	// copies too, between faults. The default leaves half of the processors to the
-	// tasks, and is one to four; a negative number is none.
+	// tasks, and is four at most; a negative number is none.
 	Threads int
 	// RestoreTimeout bounds the time from the start to CRIU's message that the
 	// restore is done; default two minutes.
@@ -134,7 +134,7 @@ func Start(ctx context.Context, opt Options) (_ *Pager, err error) {
 		return nil, fmt.Errorf("pager: pages of %d bytes: %w", os.Getpagesize(), errdefs.ErrNotImplemented)
 	}
 	if opt.Threads == 0 {
-		opt.Threads = min(max(runtime.NumCPU()/2, 1), 4)
+		opt.Threads = min(runtime.NumCPU()/2, 4)
 	}
 	opt.Threads = max(opt.Threads, 0)
 	if opt.RestoreTimeout <= 0 {
@@ -404,7 +404,6 @@ func (p *Pager) setReady() {
 
 // serve answers faults and follows events.
 func (p *Pager) serve() {
-	defer ownThread()()
 	looked, progress, filled := uint64(0), time.Now(), time.Now()
 	l := openLoad()
 	defer l.close()
@@ -504,7 +503,7 @@ const (
 	enoughHelpers = 2
 	// A helper looks for an idle processor again after minCrowded, then after twice
 	// as long each time, to maxCrowded.
-	minCrowded, maxCrowded = 100 * time.Microsecond, 1600 * time.Microsecond
+	minCrowded, maxCrowded = 100 * time.Microsecond, 10 * time.Millisecond
 )
 
 // poll returns the spaces that have something to say.
@@ -611,7 +610,6 @@ func (p *Pager) finish(s *space, ready bool) (bool, error) {
 // help copies in bulk until the end, while there is a processor for it. It must
 // not take one from the tasks, for which a request would wait.
 func (p *Pager) help() {
-	defer ownThread()()
 	l := openLoad()
 	defer l.close()
 	var w window
