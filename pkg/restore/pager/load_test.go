@@ -21,19 +21,10 @@ func TestParseRunnable(t *testing.T) {
 // TestCrowded: without the kernel's word it is for the caller to say.
 func TestCrowded(t *testing.T) {
 	l := openLoad()
-	if l.fd < 0 {
-		t.Fatal("no /proc/loadavg")
+	defer l.close()
+	if l.crowded(1<<20, true) {
+		t.Error("a million threads for each processor")
 	}
-	n := 0
-	for range 1000 {
-		if !l.crowded(1, true) {
-			n++
-		}
-	}
-	if n == 0 {
-		t.Log("the machine is busy all the time")
-	}
-	l.close()
 	for _, unknown := range []bool{false, true} {
 		if gone := (&load{fd: -1}); gone.crowded(1, unknown) != unknown {
 			t.Errorf("crowded: %v, and nobody knows", !unknown)

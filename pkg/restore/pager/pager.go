@@ -615,11 +615,15 @@ func (p *Pager) help() {
 	var w window
 	helping, wait := false, minCrowded
 	is := func(now bool) {
-		if now != helping {
-			p.helping.Add(map[bool]int32{true: 1, false: -1}[now])
+		switch {
+		case now && !helping:
+			p.helping.Add(1)
+		case !now && helping:
+			p.helping.Add(-1)
 		}
 		helping = now
 	}
+	defer is(false)
 	for {
 		p.mu.Lock()
 		s, _ := p.nextLocked(true)
@@ -631,7 +635,6 @@ func (p *Pager) help() {
 		ended := p.ended
 		p.mu.Unlock()
 		if ended {
-			is(false)
 			return
 		}
 		if l.crowded(1, true) {
@@ -648,7 +651,6 @@ func (p *Pager) help() {
 		case errors.Is(err, errNotNow):
 			time.Sleep(retryWait) // the server reads what is changing
 		case err != nil:
-			is(false)
 			p.end(err)
 			return
 		}
