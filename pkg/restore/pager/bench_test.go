@@ -2,6 +2,7 @@ package pager
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -37,45 +39,16 @@ func BenchmarkRestore(b *testing.B) {
 // else runs. Each block of the file is checked, as a template's are.
 func BenchmarkFill(b *testing.B) {
 	const size = 512 << 20
-	name := filepath.Join(b.TempDir(), "pages-1.img")
-	f, err := os.Create(name)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer f.Close()
-	noise := rand.NewChaCha8([32]byte{})
-	blocks := &checkpoint.Blocks{SizeBytes: 64 << 10}
-	sum, table := uint32(0), crc32.MakeTable(crc32.Castagnoli) // of the file up to a block's end
-	for block := make([]byte, blocks.SizeBytes); blocks.Count() < size/blocks.SizeBytes; {
-		noise.Read(block)
-		sum = crc32.Update(sum, table, block)
-		blocks.Add(sum)
-		if _, err := f.Write(block); err != nil {
-			b.Fatal(err)
-		}
-	}
-	if err := f.Sync(); err != nil {
-		b.Fatal(err)
-	}
+	src := noise(b, size)
 	for _, threads := range []int{1, 2} {
 		b.Run(fmt.Sprintf("threads=%d", threads), func(b *testing.B) {
 			b.SetBytes(size)
 			for b.Loop() {
 				b.StopTimer()
-				mem, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-				if err != nil {
-					b.Fatal(err)
-				}
-				start := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mem))))
-				fd := newUffd(b)
-				register := [4]uint64{start, size, 1}
-				if errno := ioctl(fd, 0xc020aa00, unsafe.Pointer(&register)); errno != 0 {
-					b.Fatal(errno)
-				}
 				p := &Pager{ready: true, restored: make(chan struct{})}
 				close(p.restored)
-				all := span{addr: start, size: size}
-				s := &space{p: p, fd: fd, src: &content{f, size, blocks}, spans: []span{all}, todo: []span{all}}
+				s, mem := missing(b, p, src)
+				s.todo = slices.Clone(s.spans)
 				b.StartTimer()
 				var wg sync.WaitGroup
 				for range threads {
@@ -94,13 +67,105 @@ func BenchmarkFill(b *testing.B) {
 				if got := p.copied.Load(); got != size {
 					b.Errorf("%d bytes were copied", got)
 				}
-				if err := errors.Join(unix.Close(fd), unix.Munmap(mem)); err != nil {
+				if err := errors.Join(unix.Close(s.fd), unix.Munmap(mem)); err != nil {
 					b.Fatal(err)
 				}
 				b.StartTimer()
 			}
 		})
 	}
+}
+
+// BenchmarkFault touches a page of each block of such memory, in random order, and
+// has each answered by the pager's server: what a task waits for a page when
+// nothing else runs.
+func BenchmarkFault(b *testing.B) {
+	const size = 512 << 20
+	p := &Pager{start: time.Now(), spaces: map[int]*space{}, touchedOnce: map[Range]bool{}, restored: make(chan struct{})}
+	close(p.restored)
+	p.cond.L = &p.mu
+	var err error
+	if p.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		b.Fatal(err)
+	}
+	if p.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		b.Fatal(err)
+	}
+	if err := p.watch(p.wake); err != nil {
+		b.Fatal(err)
+	}
+	p.ending, p.stop = context.WithCancel(b.Context())
+	s, mem := missing(b, p, noise(b, size))
+	if err := p.add(s); err != nil {
+		b.Fatal(err)
+	}
+	p.running.Go(p.serve)
+	order := rand.Perm(size / HotSize)
+	runtime.LockOSThread() // a task has threads of its own
+	defer runtime.UnlockOSThread()
+	sum, n := byte(0), 0
+	for b.Loop() {
+		if n == len(order) {
+			b.StopTimer()
+			if err := unix.Madvise(mem, unix.MADV_DONTNEED); err != nil {
+				b.Fatal(err)
+			}
+			n = 0
+			b.StartTimer()
+		}
+		sum ^= mem[order[n]*HotSize+rand.IntN(HotSize)]
+		n++
+	}
+	b.StopTimer()
+	b.ReportMetric(float64(p.faults.Load())/float64(b.N), "faults/op")
+	p.end(errors.New("enough"))
+	p.running.Wait()
+	if err := errors.Join(p.release(), unix.Munmap(mem)); err != nil {
+		b.Fatal(err)
+	}
+	runtime.KeepAlive(sum)
+}
+
+// noise is a file of random bytes, with the checksums of its blocks.
+func noise(b *testing.B, size int64) *content {
+	b.Helper()
+	f, err := os.Create(filepath.Join(b.TempDir(), "pages-1.img"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { f.Close() })
+	random := rand.NewChaCha8([32]byte{})
+	blocks := &checkpoint.Blocks{SizeBytes: 64 << 10}
+	sum, table := uint32(0), crc32.MakeTable(crc32.Castagnoli) // of the file up to a block's end
+	for block := make([]byte, blocks.SizeBytes); blocks.Count() < size/blocks.SizeBytes; {
+		random.Read(block)
+		sum = crc32.Update(sum, table, block)
+		blocks.Add(sum)
+		if _, err := f.Write(block); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		b.Fatal(err)
+	}
+	return &content{f, size, blocks}
+}
+
+// missing is memory of this process of which all pages are missing, with all of
+// the content.
+func missing(b *testing.B, p *Pager, src *content) (*space, []byte) {
+	b.Helper()
+	mem, err := unix.Mmap(-1, 0, int(src.size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		b.Fatal(err)
+	}
+	start := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mem))))
+	fd := newUffd(b)
+	register := [4]uint64{start, uint64(src.size), 1}
+	if errno := ioctl(fd, 0xc020aa00, unsafe.Pointer(&register)); errno != 0 {
+		b.Fatal(errno)
+	}
+	return &space{p: p, fd: fd, src: src, spans: []span{{addr: start, size: uint64(src.size)}}}, mem
 }
 
 var kinds = []string{"stock", "daemon", "pager"}

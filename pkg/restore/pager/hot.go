@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -20,13 +21,19 @@ import (
 const (
 	// HotSize is the size of a [Range].
 	HotSize = 64 << 10
-	// MaxHot bounds how many ranges are recorded: 256 MiB, what takes a tenth of a
-	// second.
-	MaxHot = 4096
+	// MaxHot bounds how many ranges are recorded: 64 MiB, what takes some hundredths
+	// of a second.
+	MaxHot = 1024
+	// HotAfter is for how many containers in a row a range must have been missing
+	// before it is hot: what each asks for at the start is, what one of them happens
+	// to ask for is not.
+	HotAfter = 3
+	// hotTime is how long, after CRIU's last message, what is asked for is recorded.
+	hotTime = 100 * time.Millisecond
 
 	hotDir   = "hot"
-	hotHead  = "stasis-hot 1\n"
-	hotLimit = int64(len(hotHead) + MaxHot*len("4294967295 0xffffffffffffffff\n"))
+	hotHead  = "stasis-hot 2\n"
+	hotLimit = int64(len(hotHead) + MaxHot*len("4294967295 0xffffffffffffffff 3\n"))
 )
 
 // Range is memory that was asked for: HotSize bytes from Addr on, which is a
@@ -42,6 +49,9 @@ func (r Range) valid() bool {
 
 // touch records that memory was asked for.
 func (p *Pager) touch(pid uint32, addr uint64) {
+	if p.sinceRestored() > hotTime {
+		return
+	}
 	r := Range{pid, addr &^ (HotSize - 1)}
 	p.hotMu.Lock()
 	defer p.hotMu.Unlock()
@@ -51,9 +61,9 @@ func (p *Pager) touch(pid uint32, addr uint64) {
 	}
 }
 
-// Touched is the memory with content in the images that tasks have waited for, in
-// the order in which they first did, each range once, at most [MaxHot]. Memory
-// that a task has moved is named by where it was then.
+// Touched is the memory with content in the images that tasks have waited for at
+// the start, in the order in which they first did, each range once, at most [MaxHot].
+// Memory that a task has moved is named by where it was then.
 func (p *Pager) Touched() []Range {
 	p.hotMu.Lock()
 	defer p.hotMu.Unlock()
@@ -110,16 +120,36 @@ func hotFirst(spans []span, pid uint32, hot []Range) (ordered []span, used int) 
 }
 
 // HotFile is the record of what containers ask for that begin from a version of a
-// template: a line "stasis-hot 1", and one for each range, in the order in which
-// they are to be filled: the process's number, a space, and the address in
-// hexadecimal with 0x before it. It is a hint, and lost at a reboot.
+// template: a line "stasis-hot 2", and one for each range, in the order in which
+// they are to be filled: the process's number, a space, the address in hexadecimal
+// with 0x before it, a space, and for how many containers in a row the range was
+// missing, from 1 to [HotAfter]. It is a hint, and lost at a reboot.
 func HotFile(runtimeDir string, version checkpoint.ID) string {
 	return filepath.Join(runtimeDir, hotDir, string(version))
 }
 
-// ReadHot reads a record. Where there is none it is empty; what is none is an
-// error that wraps [checkpoint.ErrCorrupt].
+// ReadHot reads what is hot of a record. Where there is none it is nothing; what is
+// none is an error that wraps [checkpoint.ErrCorrupt].
 func ReadHot(name string) ([]Range, error) {
+	asked, err := readAsked(name)
+	var hot []Range
+	for _, a := range asked {
+		if a.count == HotAfter {
+			hot = append(hot, a.Range)
+		}
+	}
+	return hot, err
+}
+
+// asked is a line of a record.
+type asked struct {
+	Range
+	count int // of containers, in a row; no more than [HotAfter]
+}
+
+func (a asked) line() string { return fmt.Sprintf("%d %#x %d", a.PID, a.Addr, a.count) }
+
+func readAsked(name string) ([]asked, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -135,61 +165,70 @@ func ReadHot(name string) ([]Range, error) {
 	if err != nil {
 		return nil, fmt.Errorf("recorded memory: %w", err)
 	}
-	ranges, err := parseHot(b)
+	all, err := parseHot(b)
 	if err != nil {
 		return nil, fmt.Errorf("recorded memory: %s: %w", name, err)
 	}
-	return ranges, nil
+	return all, nil
 }
 
-func parseHot(b []byte) ([]Range, error) {
+func parseHot(b []byte) ([]asked, error) {
 	rest, ok := bytes.CutPrefix(b, []byte(hotHead))
 	if !ok {
 		return nil, fmt.Errorf("another head: %w", checkpoint.ErrCorrupt)
 	}
-	var ranges []Range
+	var all []asked
 	lines := bufio.NewScanner(bytes.NewReader(rest))
 	for lines.Scan() {
-		var r Range
+		var a asked
 		line := lines.Text()
-		if n, err := fmt.Sscanf(line, "%d 0x%x", &r.PID, &r.Addr); n != 2 || err != nil || !r.valid() || line != r.line() || len(ranges) == MaxHot {
-			return nil, fmt.Errorf("line %d: %w", len(ranges)+2, checkpoint.ErrCorrupt)
+		n, err := fmt.Sscanf(line, "%d 0x%x %d", &a.PID, &a.Addr, &a.count)
+		if n != 3 || err != nil || !a.valid() || a.count < 1 || a.count > HotAfter || line != a.line() || len(all) == MaxHot {
+			return nil, fmt.Errorf("line %d: %w", len(all)+2, checkpoint.ErrCorrupt)
 		}
-		ranges = append(ranges, r)
+		all = append(all, a)
 	}
 	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("line %d: %w: %w", len(ranges)+2, err, checkpoint.ErrCorrupt)
+		return nil, fmt.Errorf("line %d: %w: %w", len(all)+2, err, checkpoint.ErrCorrupt)
 	}
-	return ranges, nil
+	return all, nil
 }
 
-func (r Range) line() string { return fmt.Sprintf("%d %#x", r.PID, r.Addr) }
-
-// AddHot adds to a record what was asked for and is not yet in it, and makes it
-// where there is none. A record that cannot be read is replaced. Of two that add
-// at once one may lose what it adds.
+// AddHot brings a record up to date with what a container asked for, and makes it
+// where there is none. What is hot remains so: since it is filled before, nobody has
+// to ask for it. A record that cannot be read is replaced. Of two that add at once
+// one may lose what it adds.
 func AddHot(name string, touched []Range) error {
-	ranges, err := ReadHot(name)
+	before, err := readAsked(name)
 	if err != nil && !errors.Is(err, checkpoint.ErrCorrupt) {
 		return err
 	}
-	known := map[Range]bool{}
-	for _, r := range ranges {
-		known[r] = true
-	}
-	before := len(ranges)
+	now := map[Range]bool{}
 	for _, r := range touched {
-		if len(ranges) < MaxHot && r.valid() && !known[r] {
-			known[r] = true
-			ranges = append(ranges, r)
-		}
+		now[r] = r.valid()
 	}
-	if len(ranges) == before {
+	var after []asked
+	for _, a := range before {
+		if now[a.Range] {
+			a.count = min(a.count+1, HotAfter)
+		}
+		if now[a.Range] || a.count == HotAfter {
+			after = append(after, a)
+		}
+		delete(now, a.Range)
+	}
+	for _, r := range touched {
+		if now[r] && len(after) < MaxHot {
+			after = append(after, asked{r, 1})
+		}
+		delete(now, r)
+	}
+	if slices.Equal(before, after) && err == nil {
 		return nil
 	}
 	b := []byte(hotHead)
-	for _, r := range ranges {
-		b = append(append(b, r.line()...), '\n')
+	for _, a := range after {
+		b = append(append(b, a.line()...), '\n')
 	}
 	if err := replaceHot(name, b); err != nil {
 		return fmt.Errorf("record memory: %w", err)

@@ -195,15 +195,17 @@ func TestUnregistered(t *testing.T) {
 	}
 }
 
-// TestTouched: each range once, in the order of the first time, and not too many.
+// TestTouched: each range once, in the order of the first time, not too many, and
+// none that is asked for later.
 func TestTouched(t *testing.T) {
-	p := &Pager{touchedOnce: map[Range]bool{}}
+	p := &Pager{touchedOnce: map[Range]bool{}, start: time.Now()}
 	for _, addr := range []uint64{5 * HotSize, 2*HotSize + pageSize, 5*HotSize + 3*pageSize, HotSize - pageSize} {
 		p.touch(9, addr)
 	}
 	if want := []Range{{9, 5 * HotSize}, {9, 2 * HotSize}, {9, 0}}; !slices.Equal(p.Touched(), want) {
 		t.Errorf("%v, want %v", p.Touched(), want)
 	}
+	p.restoredAt.Store(int64(time.Hour)) // from now on
 	for i := range uint64(MaxHot + 10) {
 		p.touch(10, i*HotSize)
 	}
@@ -212,15 +214,14 @@ func TestTouched(t *testing.T) {
 	}
 }
 
-// TestHotRecord: what clones ask for is added to the record, up to its bound, and
-// only then is anything written.
+// TestHotRecord: what each of some containers in a row asks for becomes hot, and
+// remains it; the record has a bound, and is written only if it changes.
 func TestHotRecord(t *testing.T) {
 	runtime := t.TempDir()
 	name := HotFile(runtime, "version")
 	if ranges, err := ReadHot(name); err != nil || len(ranges) != 0 {
 		t.Fatalf("without a record: %v, %v", ranges, err)
 	}
-	first := []Range{{2, 3 * HotSize}, {1, 1 << 47}, {2, 0}}
 	add := func(ranges []Range, want []Range) {
 		t.Helper()
 		if err := AddHot(name, ranges); err != nil {
@@ -230,36 +231,56 @@ func TestHotRecord(t *testing.T) {
 			t.Fatalf("%v, %v, want %v", got, err, want)
 		}
 	}
-	add(first, first)
+	first := []Range{{2, 3 * HotSize}, {1, 1 << 47}, {2, 0}}
+	add(append(first, Range{7, 0}), nil) // once each
 	for path, want := range map[string]os.FileMode{name: 0o600, filepath.Dir(name): os.ModeDir | 0o700} {
 		if fi, err := os.Lstat(path); err != nil || fi.Mode() != want {
 			t.Errorf("%s: %v, %v", path, fi.Mode(), err)
 		}
 	}
+	add(append([]Range{{8, 0}}, first...), nil)                         // 7 is not in a row
+	add(append(first, Range{7, 0}, Range{8, 0}), first)                 // 8 has been twice
+	add(nil, first)                                                     // nobody has to ask for it any more
+	add([]Range{{8, 0}, {2, 0}, {1, 1 << 47}, {2, 3 * HotSize}}, first) // 8 begins again
 	before, err := os.Stat(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	add([]Range{{2, 0}, {2, 3 * HotSize}}, first)
+	add([]Range{{8, 0}}, first)
+	if after, err := os.Stat(name); err != nil || os.SameFile(before, after) {
+		t.Errorf("it was not written: %v", err)
+	}
+	second := append(first, Range{8, 0})
+	add([]Range{{8, 0}}, second)
+	before, err = os.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	add([]Range{{8, 0}, {2, 0}, {1, 5}, {0, HotSize}}, second)
 	if after, err := os.Stat(name); err != nil || !os.SameFile(before, after) {
 		t.Errorf("it was written again for nothing: %v", err)
 	}
-	second := append(first, Range{1, HotSize})
-	add([]Range{{1, 1 << 47}, {1, HotSize}, {1, 5}, {0, HotSize}}, second)
 
 	many := slices.Clone(second)
 	for i := uint64(0); len(many) < MaxHot; i++ {
 		many = append(many, Range{3, math.MaxUint64 - HotSize + 1 - (i+1)*HotSize})
 	}
-	add(append(slices.Clone(many), Range{4, 0}), many)
+	for i := range HotAfter {
+		want := second
+		if i == HotAfter-1 {
+			want = many
+		}
+		add(append(slices.Clone(many), Range{4, 0}), want)
+	}
 	if entries, err := os.ReadDir(filepath.Dir(name)); err != nil || len(entries) != 1 {
 		t.Errorf("left: %v, %v", entries, err)
 	}
 
 	for what, make := range map[string]func() error{
 		"empty":        func() error { return os.WriteFile(name, nil, 0o600) },
-		"another head": func() error { return os.WriteFile(name, []byte("stasis-hot 2\n1 0x0\n"), 0o600) },
-		"not aligned":  func() error { return os.WriteFile(name, []byte(hotHead+"1 0x1000\n"), 0o600) },
+		"another head": func() error { return os.WriteFile(name, []byte("stasis-hot 1\n1 0x0\n"), 0o600) },
+		"not aligned":  func() error { return os.WriteFile(name, []byte(hotHead+"1 0x1000 1\n"), 0o600) },
+		"too often":    func() error { return os.WriteFile(name, []byte(hotHead+"1 0x10000 4\n"), 0o600) },
 		"too long":     func() error { return os.WriteFile(name, append([]byte(hotHead), make([]byte, hotLimit)...), 0o600) },
 		"a directory":  func() error { return os.Mkdir(name, 0o700) },
 		"a FIFO":       func() error { return syscall.Mkfifo(name, 0o600) },
@@ -274,11 +295,13 @@ func TestHotRecord(t *testing.T) {
 			t.Errorf("%s: %v, %v", what, ranges, err)
 		}
 		if what != "a directory" { // which nobody makes there
-			add(first, first)
+			for i := range HotAfter {
+				add(first, first[:len(first)*(i/(HotAfter-1))])
+			}
 		}
 	}
 	other := filepath.Join(runtime, "other")
-	err = errors.Join(os.RemoveAll(name), os.WriteFile(other, []byte(hotHead+"1 0x0\n"), 0o600), os.Symlink(other, name))
+	err = errors.Join(os.RemoveAll(name), os.WriteFile(other, []byte(hotHead+"1 0x0 3\n"), 0o600), os.Symlink(other, name))
 	if ranges, rerr := ReadHot(name); err != nil || len(ranges) != 0 || rerr == nil {
 		t.Errorf("a link: %v, %v, %v", ranges, rerr, err)
 	}
@@ -311,10 +334,11 @@ func TestSweepHot(t *testing.T) {
 
 // FuzzHot: what is read is within the bounds, and is what is written again.
 func FuzzHot(f *testing.F) {
-	f.Add(hotHead + "1 0x10000\n4294967295 0xfffffffffffe0000\n")
-	f.Add(hotHead + "1 0x10000")
-	f.Add(hotHead + "-1 0x0\n")
-	f.Add(hotHead + "1 0x0 1\n")
+	f.Add(hotHead + "1 0x10000 1\n4294967295 0xfffffffffffe0000 3\n")
+	f.Add(hotHead + "1 0x10000 2")
+	f.Add(hotHead + "-1 0x0 1\n")
+	f.Add(hotHead + "1 0x0\n")
+	f.Add(hotHead + "1 0x0 0\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		ranges, err := parseHot([]byte(text))
 		if err != nil {
@@ -326,10 +350,10 @@ func FuzzHot(f *testing.F) {
 		var b strings.Builder
 		b.WriteString(hotHead)
 		for _, r := range ranges {
-			if !r.valid() {
+			if !r.valid() || r.count < 1 || r.count > HotAfter {
 				t.Errorf("range %+v", r)
 			}
-			fmt.Fprintf(&b, "%d %#x\n", r.PID, r.Addr)
+			fmt.Fprintf(&b, "%d %#x %d\n", r.PID, r.Addr, r.count)
 		}
 		if len(ranges) > MaxHot || strings.TrimSuffix(b.String(), "\n") != strings.TrimSuffix(strings.ReplaceAll(text, "\r\n", "\n"), "\n") {
 			t.Errorf("%q was read as %q", text, b.String())

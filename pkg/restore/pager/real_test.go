@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -256,7 +257,14 @@ func TestRealStress(t *testing.T) {
 			if s.Faults < 64 {
 				t.Errorf("%d faults: nothing was missing any more", s.Faults)
 			}
-			if quiet := command == "verify" || command == "protect"; quiet != (s.Events < 4) {
+			least := uint64(4)
+			switch command {
+			case "verify", "protect":
+				least = 0
+			case "fork":
+				least = 1 // after the first all may be there before the next
+			}
+			if s.Events < least || least == 0 && s.Events > 3 {
 				t.Errorf("%d events", s.Events)
 			}
 		})
@@ -388,12 +396,18 @@ func TestRealKilled(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 			defer cancel()
 			if !kill {
-				for _, a := range tm.addresses {
-					if err := ask(t, a, "fork"); err != nil {
-						t.Error(err)
-					}
+				var asking sync.WaitGroup
+				for _, a := range tm.addresses { // at once: both have much that is missing
+					asking.Go(func() {
+						if err := ask(t, a, "fork"); err != nil {
+							t.Error(err)
+						}
+					})
 				}
-				if s := r.wait(t); s.Processes < 2 || s.Events < 8 {
+				asking.Wait()
+				// Each has a child at least whose memory was to be filled, too; when the
+				// later ones come all of it may be there.
+				if s := r.wait(t); s.Processes < 4 || s.Events < 2 {
 					t.Errorf("%+v", s)
 				}
 				return

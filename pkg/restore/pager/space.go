@@ -84,10 +84,7 @@ func (s *space) claim(size uint64) (c span, claims uint64, ok bool) {
 		return span{}, 0, false
 	}
 	first := &s.todo[0]
-	if b := s.src.blocks; b != nil {
-		size -= uint64(first.off % min(b.SizeBytes, int64(size)))
-	}
-	c = first.part(first.addr, first.addr+size)
+	c = first.part(first.addr, first.addr+s.src.whole(first.off, size))
 	if c.size == first.size {
 		s.todo = s.todo[1:]
 	} else {
@@ -409,7 +406,8 @@ func (s *space) fault(addr uint64) error {
 		return s.zero(addr)
 	}
 	s.p.touch(s.pid, addr)
-	c = c.part(addr, addr+aroundSize)
+	c = c.part(addr, c.end())
+	c = c.part(addr, addr+s.src.whole(c.off, aroundSize)) // no more than a block is read while a task waits
 	content, err := s.load(c, &s.p.asked)
 	if err != nil {
 		return err
