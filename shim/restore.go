@@ -420,7 +420,12 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 			Volatile: m.Template != "", // a template is there as before
 		})
 		if lazy != nil {
-			go s.follow(ctx, c, lazy) // ends when memory is full or the container is dead
+			// Until then a processor is for filling it and for the tasks.
+			done := collectLess()
+			go func() {
+				defer done()
+				s.follow(ctx, c, lazy) // ends when memory is full or the container is dead
+			}()
 		} else {
 			if err := p.claim.Consume(ctx); err != nil {
 				log.G(ctx).WithError(err).Error("consume checkpoint")

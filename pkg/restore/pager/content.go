@@ -57,8 +57,10 @@ func (w *window) read(c *content, off, size int64) ([]byte, error) {
 		w.buf = make([]byte, end-start)
 	}
 	w.data = w.buf[:end-start]
-	if _, err := c.file.ReadAt(w.data, start); err != nil {
-		return nil, err
+	if cached := readCached(c.file, w.data, start); cached < len(w.data) {
+		if _, err := c.file.ReadAt(w.data[cached:], start+int64(cached)); err != nil {
+			return nil, err
+		}
 	}
 	if c.blocks != nil {
 		if err := c.blocks.Check(start/c.blocks.SizeBytes, w.data); err != nil {

@@ -409,6 +409,7 @@ func (p *Pager) serve() {
 	defer l.close()
 	var w window                // of the bulk
 	yielded := time.Duration(0) // for the last time
+	crowded, checked := false, time.Time{}
 	for wait := idleWait; ; {
 		due, err := p.poll(wait)
 		if err != nil {
@@ -431,12 +432,18 @@ func (p *Pager) serve() {
 		// started at once, whatever else there is; but a program is to get all of
 		// its memory even if it never stops to have faults.
 		joins, yields, changing := p.helping.Load() < enoughHelpers, false, false
-		if joins && (len(due) == 0 || time.Since(filled) > busyTime) {
+		quiet := p.quietIn()
+		if joins && (len(due) == 0 && quiet <= 0 || time.Since(filled) > busyTime) {
 			s, hot := p.next()
-			yields = s != nil && !hot && time.Since(filled) <= busyTime && p.sinceRestored() < crowdTime && l.crowded(crowdEach, false)
+			if s != nil && !hot && time.Since(filled) <= busyTime && p.sinceRestored() < crowdTime {
+				if now := time.Now(); now.Sub(checked) > retryWait {
+					crowded, checked = l.crowded(crowdEach, false), now
+				}
+				yields = crowded
+			}
 			if s != nil && !yields {
 				filled = time.Now()
-				err := p.piece(s, &w, p.serverChunk())
+				err := p.piece(s, &w, p.chunk())
 				// Where it is changing the event that tells how comes soon.
 				changing = errors.Is(err, errChanging)
 				if err != nil && !errors.Is(err, errNotNow) {
@@ -463,7 +470,10 @@ func (p *Pager) serve() {
 			yielded = min(max(2*yielded, retryWait), busyTime)
 			pause = min(yielded, max(busyTime-time.Since(filled), retryWait))
 		}
-		wait = nextWait(deferred || changing, joins && p.hasNext(), !joins || !ready && p.untried(), pause)
+		wait = nextWait(deferred || changing, joins && quiet <= 0 && p.hasNext(), !joins || !ready && p.untried(), pause)
+		if quiet > 0 {
+			wait = min(wait, quiet)
+		}
 		if now := p.looked.Load(); now != looked || !ready {
 			looked, progress = now, time.Now()
 		} else if time.Since(progress) > p.opt.StallTimeout {
@@ -493,6 +503,9 @@ func nextWait(again, piece, soon bool, pause time.Duration) time.Duration {
 const (
 	idleWait  = 100 * time.Millisecond
 	retryWait = time.Millisecond
+	// A task that has asked for a page commonly asks for the next one at once: for so
+	// long after a fault the server copies nothing that nobody waits for.
+	quietTime = 200 * time.Microsecond
 	// More than crowdEach threads for each processor are a crowd, such as containers
 	// that are started at once, which one on its own commonly is not. To a crowd the
 	// bulk gives way, for crowdTime after the restore: memory must become full on a
@@ -509,7 +522,7 @@ const (
 // poll returns the spaces that have something to say.
 func (p *Pager) poll(wait time.Duration) (due []*space, err error) {
 	var events [64]unix.EpollEvent
-	n, err := unix.EpollWait(p.epoll, events[:], int(wait.Milliseconds()))
+	n, err := epollWait(p.epoll, events[:], wait)
 	if err != nil && !errors.Is(err, unix.EINTR) {
 		return nil, fmt.Errorf("epoll: %w", err)
 	}
@@ -639,14 +652,13 @@ func (p *Pager) help() {
 		}
 		if l.crowded(1, true) {
 			is(false)
-			pause := unix.NsecToTimespec(int64(wait))
-			unix.Nanosleep(&pause, nil) // a timer of Go's has a millisecond for its unit
+			sleep(wait)
 			wait = min(2*wait, maxCrowded)
 			continue
 		}
 		is(true)
 		wait = minCrowded
-		err := p.piece(s, &w, chunkSize)
+		err := p.piece(s, &w, p.chunk())
 		switch {
 		case errors.Is(err, errNotNow):
 			time.Sleep(retryWait) // the server reads what is changing
@@ -662,8 +674,14 @@ func (p *Pager) help() {
 	}
 }
 
-// serverChunk is the size of the server's next piece.
-func (p *Pager) serverChunk() uint64 {
+// quietIn is how long it takes until no task is likely to ask for its next page at
+// once; negative where that is so.
+func (p *Pager) quietIn() time.Duration {
+	return quietTime - time.Since(time.Unix(0, p.lastFault.Load()))
+}
+
+// chunk is the size of the next piece.
+func (p *Pager) chunk() uint64 {
 	if time.Since(time.Unix(0, p.lastFault.Load())) < busyTime {
 		return busyChunkSize
 	}

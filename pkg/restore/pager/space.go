@@ -17,6 +17,7 @@ const (
 	busyChunkSize = 64 << 10  // of the bulk, by the server, while there are faults: they wait for it
 	busyTime      = 10 * time.Millisecond
 	aroundSize    = 64 << 10 // filled at a fault, from its page on
+	callSize      = 64 << 10 // filled by one call of the kernel, see ioctl
 	maxMessages   = 64       // read at once
 )
 
@@ -187,7 +188,7 @@ func (s *space) load(c span, w *window) ([]byte, error) {
 func (s *space) fill(c span, buf []byte) (done, copied uint64, err error) {
 	again := false
 	for try := c.size; done < c.size; {
-		n := min(try, c.size-done)
+		n := min(try, c.size-done, callSize)
 		restored := s.p.isRestored() // before: CRIU registers, and then it is done
 		filled, errno := uffdCopy(s.fd, c.addr+done, buf[done:done+n])
 		done += filled
@@ -247,7 +248,7 @@ func (s *space) serve() (children []*space, err error) {
 	var b [maxMessages * messageSize]byte
 	s.rw.Lock()
 	for err == nil {
-		n, rerr := unix.Read(s.fd, b[:])
+		n, rerr := uffdRead(s.fd, b[:])
 		if errors.Is(rerr, unix.EINTR) {
 			continue
 		}

