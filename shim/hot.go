@@ -8,9 +8,9 @@ import (
 	"github.com/stasis-containers/stasis/pkg/restore/pager"
 )
 
-// What clones of one version ask for while their memory is filled is recorded, so
-// that the next one's is filled in that order. Only templates have a record: all
-// else is restored once.
+// What clones of one version ask for when they begin to run is recorded; what some in a
+// row have asked for is what the next one's memory is filled with first. Only templates
+// have a record: all else is restored once.
 
 func (s *service) hotFile(p *pendingRestore) string {
 	m := p.claim.Manifest()

@@ -420,7 +420,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 			Volatile: m.Template != "", // a template is there as before
 		})
 		if lazy != nil {
-			// Until then a processor is for filling it and for the tasks.
+			// Until memory is full processors are for filling it and for the tasks.
 			done := collectLess()
 			go func() {
 				defer done()

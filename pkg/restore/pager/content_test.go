@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 )
@@ -44,6 +46,30 @@ func write(t *testing.T, dir string, data []byte) {
 	}
 }
 
+// TestWhole: a piece ends at its size, or before that at the end of a block.
+func TestWhole(t *testing.T) {
+	for _, tt := range []struct {
+		block      int64 // 0: they are not checked
+		off        int64
+		size, want uint64
+	}{
+		{0, 3 * pageSize, 64 << 10, 64 << 10},
+		{64 << 10, 0, 64 << 10, 64 << 10},
+		{64 << 10, 3 * pageSize, 64 << 10, 13 * pageSize},
+		{64 << 10, 5*64<<10 - pageSize, 64 << 10, pageSize},
+		{64 << 10, 3 * pageSize, 256 << 10, 61 * pageSize},
+		{1 << 20, 3 * pageSize, 64 << 10, 13 * pageSize},
+	} {
+		c := &content{}
+		if tt.block > 0 {
+			c.blocks = &checkpoint.Blocks{SizeBytes: tt.block}
+		}
+		if got := c.whole(tt.off, tt.size); got != tt.want {
+			t.Errorf("%+v: %d", tt, got)
+		}
+	}
+}
+
 // TestWindow reads pieces of all sizes, in and out of order, with damage in one
 // block: only what lies in that one is refused.
 func TestWindow(t *testing.T) {
@@ -58,6 +84,9 @@ func TestWindow(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
+	if err := file.Sync(); err != nil { // what is not on the disk cannot be given up
+		t.Fatal(err)
+	}
 	for name, c := range map[string]*content{
 		"checked": {file, f.SizeBytes, f.Blocks}, "not checked": {file, f.SizeBytes, nil},
 	} {
@@ -69,6 +98,10 @@ func TestWindow(t *testing.T) {
 				off := r.Int64N(f.SizeBytes/pageSize) * pageSize
 				size := min((1+r.Int64N(64))*pageSize, f.SizeBytes-off)
 				got, err := w.read(c, off, size)
+				if r.IntN(50) == 0 { // then a read finds the beginning in the page cache, or nothing
+					from := r.Int64N(f.SizeBytes)
+					unix.Fadvise(int(file.Fd()), from, f.SizeBytes-from, unix.FADV_DONTNEED)
+				}
 				touches := off/block <= damaged && (off+size-1)/block >= damaged
 				switch {
 				case c.blocks != nil && touches:

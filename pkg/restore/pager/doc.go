@@ -38,8 +38,8 @@
 // memory that never had content is moved away, and memory with content is moved
 // to its place by another thread within the same microseconds.
 //
-// What tasks waited for during one restore is what they will wait for during the
-// next one from the same images: see [Pager.Touched], [Options.Hot] and, for the
+// What tasks waited for at the start, in each of some restores, is what they will wait
+// for in the next one from the same images: see [Pager.Touched], [Options.Hot] and, for the
 // form in which it is kept, [HotFile]. It orders the bulk and nothing else, so that
 // a wrong record costs some waiting, at most.
 package pager

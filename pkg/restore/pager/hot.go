@@ -1,7 +1,6 @@
 package pager
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"errors"
@@ -11,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,7 +28,8 @@ const (
 	// before it is hot: what each asks for at the start is, what one of them happens
 	// to ask for is not.
 	HotAfter = 3
-	// hotTime is how long, after CRIU's last message, what is asked for is recorded.
+	// hotTime is how long what is asked for is recorded, from the first time after
+	// CRIU's last message on.
 	hotTime = 100 * time.Millisecond
 
 	hotDir   = "hot"
@@ -49,12 +50,16 @@ func (r Range) valid() bool {
 
 // touch records that memory was asked for.
 func (p *Pager) touch(pid uint32, addr uint64) {
-	if p.sinceRestored() > hotTime {
-		return
-	}
 	r := Range{pid, addr &^ (HotSize - 1)}
 	p.hotMu.Lock()
 	defer p.hotMu.Unlock()
+	switch {
+	case p.sinceRestored() < 0:
+	case p.hotSince.IsZero():
+		p.hotSince = time.Now()
+	case time.Since(p.hotSince) > hotTime:
+		return
+	}
 	if len(p.touched) < MaxHot && !p.touchedOnce[r] {
 		p.touched = append(p.touched, r)
 		p.touchedOnce[r] = true
@@ -178,27 +183,27 @@ func parseHot(b []byte) ([]asked, error) {
 		return nil, fmt.Errorf("another head: %w", checkpoint.ErrCorrupt)
 	}
 	var all []asked
-	lines := bufio.NewScanner(bytes.NewReader(rest))
-	for lines.Scan() {
+	for line := range strings.Lines(string(rest)) {
 		var a asked
-		line := lines.Text()
+		line = strings.TrimSuffix(line, "\n")
 		n, err := fmt.Sscanf(line, "%d 0x%x %d", &a.PID, &a.Addr, &a.count)
 		if n != 3 || err != nil || !a.valid() || a.count < 1 || a.count > HotAfter || line != a.line() || len(all) == MaxHot {
 			return nil, fmt.Errorf("line %d: %w", len(all)+2, checkpoint.ErrCorrupt)
 		}
 		all = append(all, a)
 	}
-	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("line %d: %w: %w", len(all)+2, err, checkpoint.ErrCorrupt)
-	}
 	return all, nil
 }
 
 // AddHot brings a record up to date with what a container asked for, and makes it
 // where there is none. What is hot remains so: since it is filled before, nobody has
-// to ask for it. A record that cannot be read is replaced. Of two that add at once
+// to ask for it. Who has asked for nothing tells nothing. A record that cannot be read
+// is replaced. Of two that add at once
 // one may lose what it adds.
 func AddHot(name string, touched []Range) error {
+	if len(touched) == 0 {
+		return nil
+	}
 	before, err := readAsked(name)
 	if err != nil && !errors.Is(err, checkpoint.ErrCorrupt) {
 		return err

@@ -108,18 +108,45 @@ func TestNextWait(t *testing.T) {
 	for _, tt := range []struct {
 		name               string
 		again, piece, soon bool
-		pause, want        time.Duration
+		pause, quiet, want time.Duration
 	}{
-		{"a piece", false, true, false, 0, 0},
-		{"a hot piece before CRIU is done", false, true, true, 0, 0},
-		{"memory that is not registered yet", false, false, true, 0, retryWait},
-		{"memory that is changing", true, true, false, 0, retryWait},
-		{"a crowd", false, true, false, busyTime, busyTime},
-		{"nothing", false, false, false, 0, idleWait},
+		{"a piece", false, true, false, 0, 0, 0},
+		{"a piece after a fault", false, true, false, 0, quietTime, quietTime},
+		{"a hot piece before CRIU is done", false, true, true, 0, 0, 0},
+		{"memory that is not registered yet", false, false, true, 0, 0, retryWait},
+		{"memory that is changing", true, true, false, 0, quietTime, retryWait},
+		{"a crowd", false, true, false, busyTime, quietTime, busyTime},
+		{"nothing", false, false, false, 0, quietTime, idleWait},
 	} {
-		if got := nextWait(tt.again, tt.piece, tt.soon, tt.pause); got != tt.want {
+		if got := nextWait(tt.again, tt.piece, tt.soon, tt.pause, tt.quiet); got != tt.want {
 			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
 		}
+	}
+}
+
+// TestQuiet: it is not quiet for a moment after a fault, but some seconds after the
+// restore it is in any case.
+func TestQuiet(t *testing.T) {
+	p := &Pager{start: time.Now().Add(-time.Hour)}
+	quiet := func(fault, restored time.Duration) time.Duration {
+		p.lastFault.Store(int64(fault))
+		p.restoredAt.Store(int64(restored))
+		return p.quietIn()
+	}
+	now, later := time.Hour, time.Hour+time.Minute // on the pager's clock; later than the test
+	if got := quiet(0, 0); got != 0 {
+		t.Errorf("before any fault: %v", got)
+	}
+	if got := quiet(time.Minute, now); got != 0 {
+		t.Errorf("long after a fault: %v", got)
+	}
+	for _, restored := range []time.Duration{0, now} {
+		if got := quiet(later, restored); got < quietTime {
+			t.Errorf("after a fault, restored at %v: %v", restored, got)
+		}
+	}
+	if got := quiet(later, now-crowdTime-time.Second); got != 0 {
+		t.Errorf("long after the restore: %v", got)
 	}
 }
 
@@ -205,12 +232,21 @@ func TestTouched(t *testing.T) {
 	if want := []Range{{9, 5 * HotSize}, {9, 2 * HotSize}, {9, 0}}; !slices.Equal(p.Touched(), want) {
 		t.Errorf("%v, want %v", p.Touched(), want)
 	}
-	p.restoredAt.Store(int64(time.Hour)) // from now on
 	for i := range uint64(MaxHot + 10) {
 		p.touch(10, i*HotSize)
 	}
 	if n := len(p.Touched()); n != MaxHot {
 		t.Errorf("%d ranges", n)
+	}
+
+	p = &Pager{touchedOnce: map[Range]bool{}, start: time.Now().Add(-time.Hour)}
+	p.touch(9, 0)
+	p.restoredAt.Store(1) // long ago, but the first fault after it is yet to come
+	p.touch(9, HotSize)
+	p.hotSince = p.hotSince.Add(-hotTime)
+	p.touch(9, 2*HotSize)
+	if want := []Range{{9, 0}, {9, HotSize}}; !slices.Equal(p.Touched(), want) {
+		t.Errorf("with one that comes late: %v, want %v", p.Touched(), want)
 	}
 }
 
@@ -240,7 +276,7 @@ func TestHotRecord(t *testing.T) {
 	}
 	add(append([]Range{{8, 0}}, first...), nil)                         // 7 is not in a row
 	add(append(first, Range{7, 0}, Range{8, 0}), first)                 // 8 has been twice
-	add(nil, first)                                                     // nobody has to ask for it any more
+	add([]Range{{2, 0}}, first)                                         // nobody has to ask for the others any more
 	add([]Range{{8, 0}, {2, 0}, {1, 1 << 47}, {2, 3 * HotSize}}, first) // 8 begins again
 	before, err := os.Stat(name)
 	if err != nil {
@@ -339,6 +375,8 @@ func FuzzHot(f *testing.F) {
 	f.Add(hotHead + "-1 0x0 1\n")
 	f.Add(hotHead + "1 0x0\n")
 	f.Add(hotHead + "1 0x0 0\n")
+	f.Add(hotHead + "1 0x0 1\r")
+	f.Add(hotHead + "1 0x0 1\r\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		ranges, err := parseHot([]byte(text))
 		if err != nil {
@@ -355,7 +393,7 @@ func FuzzHot(f *testing.F) {
 			}
 			fmt.Fprintf(&b, "%d %#x %d\n", r.PID, r.Addr, r.count)
 		}
-		if len(ranges) > MaxHot || strings.TrimSuffix(b.String(), "\n") != strings.TrimSuffix(strings.ReplaceAll(text, "\r\n", "\n"), "\n") {
+		if len(ranges) > MaxHot || strings.TrimSuffix(b.String(), "\n") != strings.TrimSuffix(text, "\n") {
 			t.Errorf("%q was read as %q", text, b.String())
 		}
 	})

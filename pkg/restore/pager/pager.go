@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"slices"
@@ -104,10 +105,10 @@ type Pager struct {
 
 	helping                                atomic.Int32 // threads that copy in bulk just now, the server aside
 	copied, looked, zeroed, faults, events atomic.Uint64
-	lastFault                              atomic.Int64 // Unix time, ns
-	restoredAt, filledAt                   atomic.Int64 // ns after start
+	restoredAt, filledAt, lastFault        atomic.Int64 // ns after start, 0 before
 
 	hotMu       sync.Mutex
+	hotSince    time.Time // of the first fault after CRIU's last message
 	touched     []Range
 	touchedOnce map[Range]bool
 
@@ -433,7 +434,7 @@ func (p *Pager) serve() {
 		// its memory even if it never stops to have faults.
 		joins, yields, changing := p.helping.Load() < enoughHelpers, false, false
 		quiet := p.quietIn()
-		if joins && (len(due) == 0 && quiet <= 0 || time.Since(filled) > busyTime) {
+		if joins && (len(due) == 0 && quiet == 0 || time.Since(filled) > busyTime) {
 			s, hot := p.next()
 			if s != nil && !hot && time.Since(filled) <= busyTime && p.sinceRestored() < crowdTime {
 				if now := time.Now(); now.Sub(checked) > retryWait {
@@ -470,10 +471,7 @@ func (p *Pager) serve() {
 			yielded = min(max(2*yielded, retryWait), busyTime)
 			pause = min(yielded, max(busyTime-time.Since(filled), retryWait))
 		}
-		wait = nextWait(deferred || changing, joins && quiet <= 0 && p.hasNext(), !joins || !ready && p.untried(), pause)
-		if quiet > 0 {
-			wait = min(wait, quiet)
-		}
+		wait = nextWait(deferred || changing, joins && p.hasNext(), !joins || !ready && p.untried(), pause, quiet)
 		if now := p.looked.Load(); now != looked || !ready {
 			looked, progress = now, time.Now()
 		} else if time.Since(progress) > p.opt.StallTimeout {
@@ -484,16 +482,16 @@ func (p *Pager) serve() {
 }
 
 // nextWait is for how long the server may sleep. Something is to be tried again
-// soon; there is a piece to copy now; something may be to be done soon, of which
-// nobody tells; or the bulk pauses.
-func nextWait(again, piece, soon bool, pause time.Duration) time.Duration {
+// soon; there is a piece to copy; something may be to be done soon, of which
+// nobody tells; the bulk pauses, or has to wait until it is quiet.
+func nextWait(again, piece, soon bool, pause, quiet time.Duration) time.Duration {
 	switch {
 	case again:
 		return retryWait
 	case pause > 0:
 		return pause
 	case piece:
-		return 0
+		return quiet
 	case soon:
 		return retryWait
 	}
@@ -504,7 +502,8 @@ const (
 	idleWait  = 100 * time.Millisecond
 	retryWait = time.Millisecond
 	// A task that has asked for a page commonly asks for the next one at once: for so
-	// long after a fault the server copies nothing that nobody waits for.
+	// long after a fault the server copies nothing that nobody waits for, in the time
+	// that crowdTime is, too.
 	quietTime = 200 * time.Microsecond
 	// More than crowdEach threads for each processor are a crowd, such as containers
 	// that are started at once, which one on its own commonly is not. To a crowd the
@@ -674,15 +673,27 @@ func (p *Pager) help() {
 	}
 }
 
+// sinceFault is the time since a page was asked for, which is long where none was.
+func (p *Pager) sinceFault() time.Duration {
+	if at := p.lastFault.Load(); at > 0 {
+		return time.Since(p.start) - time.Duration(at)
+	}
+	return math.MaxInt64
+}
+
 // quietIn is how long it takes until no task is likely to ask for its next page at
-// once; negative where that is so.
+// once; 0 where that is so, and where memory has been filled for long enough: it must
+// become full though a program never stops to have faults.
 func (p *Pager) quietIn() time.Duration {
-	return quietTime - time.Since(time.Unix(0, p.lastFault.Load()))
+	if p.sinceRestored() > crowdTime {
+		return 0
+	}
+	return max(quietTime-p.sinceFault(), 0)
 }
 
 // chunk is the size of the next piece.
 func (p *Pager) chunk() uint64 {
-	if time.Since(time.Unix(0, p.lastFault.Load())) < busyTime {
+	if p.sinceFault() < busyTime {
 		return busyChunkSize
 	}
 	return chunkSize

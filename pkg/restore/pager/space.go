@@ -14,7 +14,7 @@ import (
 
 const (
 	chunkSize     = 256 << 10 // of the bulk
-	busyChunkSize = 64 << 10  // of the bulk, by the server, while there are faults: they wait for it
+	busyChunkSize = 64 << 10  // of the bulk while there are faults: they wait for it
 	busyTime      = 10 * time.Millisecond
 	aroundSize    = 64 << 10 // filled at a fault, from its page on
 	callSize      = 64 << 10 // filled by one call of the kernel, see ioctl
@@ -400,7 +400,7 @@ func (s *space) nextEpoch() error {
 
 // fault answers those who wait for a page.
 func (s *space) fault(addr uint64) error {
-	s.p.lastFault.Store(time.Now().UnixNano())
+	s.p.lastFault.Store(int64(time.Since(s.p.start)))
 	s.p.faults.Add(1)
 	c, ok := find(s.spans, addr)
 	if !ok {

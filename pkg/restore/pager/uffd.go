@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -48,11 +50,26 @@ func parseMessage(b []byte) message {
 	return m
 }
 
-// ioctl does not tell the runtime of the call, which takes some microseconds, for a
-// request of callSize or less: that would hand the thread's turn to another thread
-// again and again. Two threads fill a third more memory in the same time so.
-func ioctl(fd int, request uintptr, arg unsafe.Pointer) unix.Errno {
-	_, _, errno := unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg))
+// untold are the calls of which the runtime is not told just now, and maxUntold is how
+// many there may be.
+var (
+	untold    atomic.Int32
+	maxUntold = sync.OnceValue(func() int32 { return int32(max(runtime.GOMAXPROCS(0)-2, 1)) })
+)
+
+// ioctl does not tell the runtime of the call, of callSize at most, as it takes some
+// microseconds: the runtime would hand the thread's turn to another thread again and
+// again, and two threads fill a third more memory in the same time without that.
+//
+// Where the task changes its address space meanwhile, or is at its limit of memory, a
+// call may take longer. Some turns are left to all else that the process does then.
+func ioctl(fd int, request uintptr, arg unsafe.Pointer) (errno unix.Errno) {
+	defer untold.Add(-1)
+	if untold.Add(1) <= maxUntold() {
+		_, _, errno = unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg))
+	} else {
+		_, _, errno = unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg))
+	}
 	return errno
 }
 

@@ -15,8 +15,8 @@ import (
 // takes as long as a fault. Who wants to stop all threads waits for it so long.
 const untoldTime = 250 * time.Microsecond
 
-// epollWait is epoll_wait for a time that need not be whole milliseconds, but where
-// the kernel is older than 5.11.
+// epollWait is epoll_wait for a time that need not be whole milliseconds, except where
+// the kernel is older than 5.11, or a filter of system calls does not know the call.
 func epollWait(epoll int, events []unix.EpollEvent, wait time.Duration) (n int, err error) {
 	t := unix.NsecToTimespec(int64(wait))
 	first, timeout := unsafe.Pointer(unsafe.SliceData(events)), unsafe.Pointer(&t)
@@ -30,7 +30,7 @@ func epollWait(epoll int, events []unix.EpollEvent, wait time.Duration) (n int, 
 	switch errno {
 	case 0:
 		return int(got), nil
-	case unix.ENOSYS:
+	case unix.ENOSYS, unix.EPERM:
 		return unix.EpollWait(epoll, events, int((wait+time.Millisecond-1)/time.Millisecond))
 	}
 	return 0, errno
