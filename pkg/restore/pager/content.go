@@ -19,15 +19,6 @@ type content struct {
 	blocks *checkpoint.Blocks // nil for none
 }
 
-// whole is how much to take from an offset on, at most size bytes: where blocks are
-// checked, which needs all of each, it ends where one does.
-func (c *content) whole(off int64, size uint64) uint64 {
-	if c.blocks == nil {
-		return size
-	}
-	return size - uint64(off%min(c.blocks.SizeBytes, int64(size)))
-}
-
 // window is the part of a file of pages that was read last. It is checked as a
 // whole, so that pieces smaller than a block, one after the other, cost one read.
 // It has one user.

@@ -46,30 +46,6 @@ func write(t *testing.T, dir string, data []byte) {
 	}
 }
 
-// TestWhole: a piece ends at its size, or before that at the end of a block.
-func TestWhole(t *testing.T) {
-	for _, tt := range []struct {
-		block      int64 // 0: they are not checked
-		off        int64
-		size, want uint64
-	}{
-		{0, 3 * pageSize, 64 << 10, 64 << 10},
-		{64 << 10, 0, 64 << 10, 64 << 10},
-		{64 << 10, 3 * pageSize, 64 << 10, 13 * pageSize},
-		{64 << 10, 5*64<<10 - pageSize, 64 << 10, pageSize},
-		{64 << 10, 3 * pageSize, 256 << 10, 61 * pageSize},
-		{1 << 20, 3 * pageSize, 64 << 10, 13 * pageSize},
-	} {
-		c := &content{}
-		if tt.block > 0 {
-			c.blocks = &checkpoint.Blocks{SizeBytes: tt.block}
-		}
-		if got := c.whole(tt.off, tt.size); got != tt.want {
-			t.Errorf("%+v: %d", tt, got)
-		}
-	}
-}
-
 // TestWindow reads pieces of all sizes, in and out of order, with damage in one
 // block: only what lies in that one is refused.
 func TestWindow(t *testing.T) {

@@ -433,16 +433,19 @@ func (p *Pager) serve() {
 		// started at once, whatever else there is; but a program is to get all of
 		// its memory even if it never stops to have faults.
 		joins, yields, changing := p.helping.Load() < enoughHelpers, false, false
-		quiet := p.quietIn()
-		if joins && (len(due) == 0 && quiet == 0 || time.Since(filled) > busyTime) {
-			s, hot := p.next()
-			if s != nil && !hot && time.Since(filled) <= busyTime && p.sinceRestored() < crowdTime {
+		s, hot := p.next()
+		quiet := time.Duration(0)
+		if s != nil && !hot { // what is hot is about to be asked for
+			quiet = p.quietIn()
+		}
+		if joins && s != nil && (len(due) == 0 && quiet == 0 || time.Since(filled) > busyTime) {
+			if !hot && time.Since(filled) <= busyTime && p.sinceRestored() < crowdTime {
 				if now := time.Now(); now.Sub(checked) > retryWait {
 					crowded, checked = l.crowded(crowdEach, false), now
 				}
 				yields = crowded
 			}
-			if s != nil && !yields {
+			if !yields {
 				filled = time.Now()
 				err := p.piece(s, &w, p.chunk())
 				// Where it is changing the event that tells how comes soon.

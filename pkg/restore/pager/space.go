@@ -16,7 +16,7 @@ const (
 	chunkSize     = 256 << 10 // of the bulk
 	busyChunkSize = 64 << 10  // of the bulk while there are faults: they wait for it
 	busyTime      = 10 * time.Millisecond
-	aroundSize    = 64 << 10 // filled at a fault, from its page on
+	aroundSize    = 64 << 10 // filled at a fault, see around
 	callSize      = 64 << 10 // filled by one call of the kernel, see ioctl
 	maxMessages   = 64       // read at once
 )
@@ -77,7 +77,8 @@ type space struct {
 // claim takes a piece of what is to be done. With the events counted it tells
 // whether the claim still holds.
 //
-// It ends where a block of the images does: the next one begins there.
+// It ends where a block of the images does, both being powers of two: the next one
+// begins there.
 func (s *space) claim(size uint64) (c span, claims uint64, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -85,7 +86,7 @@ func (s *space) claim(size uint64) (c span, claims uint64, ok bool) {
 		return span{}, 0, false
 	}
 	first := &s.todo[0]
-	c = first.part(first.addr, first.addr+s.src.whole(first.off, size))
+	c = first.part(first.addr, first.addr+size-uint64(first.off)%size)
 	if c.size == first.size {
 		s.todo = s.todo[1:]
 	} else {
@@ -407,14 +408,15 @@ func (s *space) fault(addr uint64) error {
 		return s.zero(addr)
 	}
 	s.p.touch(s.pid, addr)
-	c = c.part(addr, c.end())
-	c = c.part(addr, addr+s.src.whole(c.off, aroundSize)) // no more than a block is read while a task waits
+	c = around(c, addr)
 	content, err := s.load(c, &s.p.asked)
 	if err != nil {
 		return err
 	}
 	// The page first: whoever waits for it goes on while the others are copied.
-	_, copied, err := s.fill(c.part(addr, addr+pageSize), content[:pageSize])
+	page := c.part(addr, addr+pageSize)
+	part := func(c2 span) []byte { return content[c2.addr-c.addr:][:c2.size] }
+	_, copied, err := s.fill(page, part(page))
 	switch {
 	case errors.Is(err, errNotNow):
 		s.deferred = append(s.deferred, addr)
@@ -424,10 +426,19 @@ func (s *space) fault(addr uint64) error {
 	case copied < pageSize:
 		uffdWake(s.fd, addr, pageSize) // it was there already
 	}
-	if _, _, err = s.fill(c.part(addr+pageSize, c.end()), content[pageSize:]); errors.Is(err, errNotNow) {
-		err = nil // nobody waits for them
+	for _, rest := range []span{c.part(page.end(), c.end()), c.part(c.addr, addr)} {
+		if _, _, err := s.fill(rest, part(rest)); err != nil && !errors.Is(err, errNotNow) { // nobody waits for them
+			return err
+		}
 	}
-	return err
+	return nil
+}
+
+// around is what of a span lies in the same aroundSize bytes of the file as an address
+// in it: in one block, which is checked as a whole in any case.
+func around(c span, addr uint64) span {
+	before := (uint64(c.off) + addr - c.addr) % aroundSize
+	return c.part(addr-min(before, addr-c.addr), addr-before+aroundSize)
 }
 
 // zero answers a fault in a page that has no content.

@@ -196,3 +196,27 @@ func TestDisorder(t *testing.T) {
 		})
 	}
 }
+
+// TestAround: what is filled at a fault lies in one block of the file, and in the span.
+func TestAround(t *testing.T) {
+	const at = 1 << 40
+	for _, tt := range []struct {
+		off               int64 // of the span, which has 64 pages
+		page, first, last uint64
+	}{
+		{0, 0, 0, 15},
+		{0, 15, 0, 15},
+		{0, 16, 16, 31},
+		{0, 63, 48, 63},
+		{3 * pageSize, 0, 0, 12},
+		{3 * pageSize, 12, 0, 12},
+		{3 * pageSize, 13, 13, 28},
+		{3 * pageSize, 63, 61, 63},
+	} {
+		c := span{addr: at, size: 64 * pageSize, off: tt.off}
+		want := c.part(at+tt.first*pageSize, at+(tt.last+1)*pageSize)
+		if got := around(c, at+tt.page*pageSize); got != want {
+			t.Errorf("%+v: %+v, want %+v", tt, got, want)
+		}
+	}
+}
