@@ -85,6 +85,15 @@ func TestRestoreDeadline(t *testing.T) {
 				t.Errorf("after %d ms is left: %s", 20+20*i, line)
 			}
 		}
+		// containerd 2.4.2 asks for the number of a task's process after it has created
+		// the task, and where the caller gives up in between it leaves the task, of which
+		// the CRI does not know (plugins/services/tasks/local.go, Create).
+		if err := p.tryRemove(); err != nil && strings.Contains(err.Error(), "cannot delete running task") {
+			outcome["left by containerd"]++
+			run(t, "ctr", "-n", "k8s.io", "tasks", "delete", "--force", c.id)
+		} else if err != nil {
+			t.Error(err)
+		}
 		p.remove()
 
 		p = n.runPod(key, annotate(key))
