@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -101,6 +102,9 @@ func TestHotMemory(t *testing.T) {
 	if n := clone(); n != len(first) {
 		t.Errorf("%d hot ranges, %d are recorded", n, len(first))
 	}
+	if second := hot(); len(second) < len(first) || !slices.Equal(second[:len(first)], first) {
+		t.Errorf("recorded: %v, before %v", second, first)
+	}
 	for path, want := range map[string]os.FileMode{file: 0o600, filepath.Dir(file): os.ModeDir | 0o700} {
 		if fi, err := os.Lstat(path); err != nil || fi.Mode() != want {
 			t.Errorf("%s: %v, %v", path, fi, err)
@@ -111,6 +115,7 @@ func TestHotMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	add(0) // of nonsense nothing is hot
+	hot()  // and it is a record again
 
 	there, err := os.ReadDir(filepath.Dir(file)) // with those of other tests that are yet to be swept
 	if err != nil {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -19,7 +18,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 )
 
@@ -126,29 +124,20 @@ func BenchmarkFault(b *testing.B) {
 	runtime.KeepAlive(sum)
 }
 
-// noise is a file of random bytes, with the checksums of its blocks.
-func noise(b *testing.B, size int64) *content {
+// noise is a file of random bytes in the page cache, with the checksums of its blocks.
+func noise(b *testing.B, size int) *content {
 	b.Helper()
-	f, err := os.Create(filepath.Join(b.TempDir(), "pages-1.img"))
+	dir := b.TempDir()
+	_, sums := pagesFile(b, dir, size)
+	f, err := os.Open(filepath.Join(dir, "pages-1.img"))
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { f.Close() })
-	random := rand.NewChaCha8([32]byte{})
-	blocks := &checkpoint.Blocks{SizeBytes: 64 << 10}
-	sum, table := uint32(0), crc32.MakeTable(crc32.Castagnoli) // of the file up to a block's end
-	for block := make([]byte, blocks.SizeBytes); blocks.Count() < size/blocks.SizeBytes; {
-		random.Read(block)
-		sum = crc32.Update(sum, table, block)
-		blocks.Add(sum)
-		if _, err := f.Write(block); err != nil {
-			b.Fatal(err)
-		}
-	}
 	if err := f.Sync(); err != nil {
 		b.Fatal(err)
 	}
-	return &content{f, size, blocks}
+	return &content{f, sums.SizeBytes, sums.Blocks}
 }
 
 // missing is memory of this process of which all pages are missing, with all of

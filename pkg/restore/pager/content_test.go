@@ -20,7 +20,7 @@ import (
 const block = 64 << 10
 
 // pagesFile writes a file of pages, and sums it as the store does.
-func pagesFile(t *testing.T, dir string, size int) ([]byte, checkpoint.File) {
+func pagesFile(t testing.TB, dir string, size int) ([]byte, checkpoint.File) {
 	t.Helper()
 	data := make([]byte, size)
 	rand.NewChaCha8([32]byte{7}).Read(data)
@@ -39,7 +39,7 @@ func sumFile(path string, data []byte) checkpoint.File {
 	return f
 }
 
-func write(t *testing.T, dir string, data []byte) {
+func write(t testing.TB, dir string, data []byte) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, "pages-1.img"), data, 0o600); err != nil {
 		t.Fatal(err)

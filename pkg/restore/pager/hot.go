@@ -198,8 +198,7 @@ func parseHot(b []byte) ([]asked, error) {
 // AddHot brings a record up to date with what a container asked for, and makes it
 // where there is none. What is hot remains so: since it is filled before, nobody has
 // to ask for it. Who has asked for nothing tells nothing. A record that cannot be read
-// is replaced. Of two that add at once
-// one may lose what it adds.
+// is replaced. Of two that add at once one may lose what it adds.
 func AddHot(name string, touched []Range) error {
 	if len(touched) == 0 {
 		return nil

@@ -415,8 +415,8 @@ func (s *space) fault(addr uint64) error {
 	}
 	// The page first: whoever waits for it goes on while the others are copied.
 	page := c.part(addr, addr+pageSize)
-	part := func(c2 span) []byte { return content[c2.addr-c.addr:][:c2.size] }
-	_, copied, err := s.fill(page, part(page))
+	of := func(part span) []byte { return content[part.addr-c.addr:][:part.size] }
+	_, copied, err := s.fill(page, of(page))
 	switch {
 	case errors.Is(err, errNotNow):
 		s.deferred = append(s.deferred, addr)
@@ -427,7 +427,7 @@ func (s *space) fault(addr uint64) error {
 		uffdWake(s.fd, addr, pageSize) // it was there already
 	}
 	for _, rest := range []span{c.part(page.end(), c.end()), c.part(c.addr, addr)} {
-		if _, _, err := s.fill(rest, part(rest)); err != nil && !errors.Is(err, errNotNow) { // nobody waits for them
+		if _, _, err := s.fill(rest, of(rest)); err != nil && !errors.Is(err, errNotNow) { // nobody waits for them
 			return err
 		}
 	}

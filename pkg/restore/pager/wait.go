@@ -22,6 +22,8 @@ func epollWait(epoll int, events []unix.EpollEvent, wait time.Duration) (n int, 
 	first, timeout := unsafe.Pointer(unsafe.SliceData(events)), unsafe.Pointer(&t)
 	var got uintptr
 	var errno unix.Errno
+	// Two calls in full: a pointer must become a number in the call itself, not in one
+	// of a variable, or what is on the stack may have moved by then.
 	if wait <= untoldTime {
 		got, _, errno = unix.RawSyscall6(unix.SYS_EPOLL_PWAIT2, uintptr(epoll), uintptr(first), uintptr(len(events)), uintptr(timeout), 0, 0)
 	} else {
