@@ -12,6 +12,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/layer"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
@@ -44,6 +45,7 @@ type container struct {
 	// restoredFrom is the manifest of the checkpoint that the container goes on from.
 	restoredFrom *checkpoint.Manifest
 	lazy         *lazyRestore // of the restore, where a pager fills memory
+	mapped       bool         // memory is mapped from the template that it began from
 	startedAt    time.Time
 	pid          int   // of the first process, 0 before Start
 	cgroup       group // nil before Start
@@ -89,6 +91,12 @@ type pendingRestore struct {
 	phases  []event.Phase
 	// unverified: the blocks of memory are yet to be checked, by the pager.
 	unverified bool
+	// mapped is the memory that is mapped from the claimed files, nil for none. Where
+	// checked, its checksums have been compared before; else record is to be noted.
+	mapped   *criu.MappedMemory
+	checked  bool
+	record   []byte
+	unmapped string // why memory is not mapped although the pod asks for that
 	ran        bool // the container's tasks have run, and it is gone
 }
 
@@ -107,8 +115,11 @@ func (p *pendingRestore) took(name string) (d time.Duration) {
 	return d
 }
 
-// deferred are the files that a pager checks as it reads them.
-func (p *pendingRestore) deferred(f checkpoint.File) bool { return p.unverified && f.Blocks != nil }
+// deferred are the files that a pager checks as it reads them, and those that were
+// checked before another clone mapped them.
+func (p *pendingRestore) deferred(f checkpoint.File) bool {
+	return (p.unverified || p.checked) && f.Blocks != nil
+}
 
 // verifyAll checks what has been left to the pager, where there will be none.
 func (p *pendingRestore) verifyAll(ctx context.Context) error {
@@ -216,7 +227,7 @@ func (c *container) preparableLocked() (*dumpJob, error) {
 	case c.startedAt.IsZero():
 		return nil, fmt.Errorf("it was not started: %w", errdefs.ErrFailedPrecondition)
 	}
-	return nil, nil
+	return nil, c.dumpableLocked()
 }
 
 // beginPreparing makes job the preparation, where preparable allows it.

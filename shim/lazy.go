@@ -71,7 +71,7 @@ func eagerBecause(m *checkpoint.Manifest, c *container, criuVersion string) stri
 	spec := c.spec
 	total := m.ResidentBytes()
 	switch used := m.Sizes.InUseBytes; {
-	case c.settings.Memory != checkpoint.MemoryLazy:
+	case c.settings.Memory != checkpoint.MemoryLazy && c.settings.Memory != checkpoint.MemoryMapped:
 		return eagerChosen
 	case total < minLazyBytes:
 		return eagerSmall

@@ -129,12 +129,30 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	// A clone that is killed for damage found late is replaced by another; of a
 	// container that goes on from its own checkpoint there is only one, and what
 	// it did meanwhile is done.
+	if c.settings.Memory == checkpoint.MemoryMapped {
+		if err := s.mapMemory(c, p); err != nil {
+			p.unmapped = err.Error()
+			log.G(ctx).WithError(err).Warn("memory is not mapped")
+		} else {
+			go s.prefetch(ctx, p) // within prefetchTimeout
+		}
+	}
 	p.unverified = p.eager == "" && m.Template != ""
 	if p.unverified { // else its checksums take longer than the pager's start
 		s.startLazy(ctx, c, p)
 	}
-	if p.plan, err = restore.Prepare(ctx, r); err != nil {
+	r.Mapped = p.mapped
+	p.plan, err = restore.Prepare(ctx, r)
+	if p.mapped != nil {
+		if cerr := p.mapped.Close(); cerr != nil {
+			log.G(ctx).WithError(cerr).Debug("close images")
+		}
+	}
+	if err != nil {
 		return err
+	}
+	if p.mapped != nil && !p.checked {
+		s.noteChecked(ctx, c, p.record)
 	}
 	p.phase("verify", p.plan.VerifyWait)
 	p.phase("prepare", time.Since(begin)-p.plan.VerifyWait)
@@ -374,7 +392,13 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		err = c.mountTmpfs(p.plan)
 		p.phase("tmpfs", time.Since(begin))
 	}
-	if begin = time.Now(); err == nil {
+	if begin = time.Now(); err == nil && p.mapped != nil {
+		var release func()
+		if release, err = c.giveMemory(p); err == nil {
+			defer release()
+		}
+	}
+	if err == nil {
 		resp, err = s.startInner(ctx, c, r)
 	}
 	var end func() // of an exchange
@@ -408,7 +432,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	defer cancel()
 	if err == nil && cause == nil {
 		c.mu.Lock()
-		c.restoredFrom = m
+		c.restoredFrom, c.mapped = m, p.mapped != nil
 		c.mu.Unlock()
 		// The event comes first. A shim that dies between the two, and its
 		// container with it, leaves a record to go on from once more; the other
@@ -532,7 +556,12 @@ func (p *pendingRestore) restoredReason() string {
 	if reason != "" {
 		parts = append(parts, reason)
 	}
+	if p.unmapped != "" {
+		parts = append(parts, "memory is not mapped: "+p.unmapped)
+	}
 	switch p.eager {
+	case eagerMapped:
+		parts = append(parts, fmt.Sprintf("%d MiB of memory are mapped from it", p.mapped.Bytes>>20))
 	case "", eagerChosen, eagerSmall:
 	default:
 		parts = append(parts, "memory was read before the start: "+p.eager)

@@ -475,9 +475,13 @@ func (s *service) Checkpoint(ctx context.Context, r *taskAPI.CheckpointTaskReque
 			c.cgroup = cg
 		}
 	}
+	undumpable := c.dumpableLocked()
 	c.mu.Unlock()
+	if err == nil {
+		err = undumpable
+	}
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: %w", r.ID, err))
 	}
 	if !c.begin(opCheckpoint, state) {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: another checkpoint is in progress: %w", r.ID, errdefs.ErrUnavailable))

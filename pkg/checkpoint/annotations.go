@@ -173,14 +173,19 @@ const (
 	MemoryLazy Memory = "lazy"
 	// MemoryEager fills all memory before the tasks run.
 	MemoryEager Memory = "eager"
+	// MemoryMapped maps memory from the template that a Java virtual machine begins
+	// from, so that clones share what they do not write to; where that is not
+	// possible it is lazy.
+	MemoryMapped Memory = "mapped"
 )
 
-// Validate refuses what is neither; empty is neither.
+// Validate refuses what is none of them; empty is none.
 func (m Memory) Validate() error {
-	if m != MemoryLazy && m != MemoryEager {
-		return fmt.Errorf("unknown value %q, want lazy or eager: %w", string(m), ErrInvalid)
+	switch m {
+	case MemoryLazy, MemoryEager, MemoryMapped:
+		return nil
 	}
-	return nil
+	return fmt.Errorf("unknown value %q, want lazy, eager or mapped: %w", string(m), ErrInvalid)
 }
 
 // Settings are the annotations of one container, resolved.

@@ -80,6 +80,8 @@ type Request struct {
 	Host        checkpoint.Host
 	SwapBytes   int64 // that the node has; 0 where none may be used
 	CanMerge    bool  // the node's kernel can merge pages, see [criu.CanMerge]
+	// Mapped is the memory that is to be mapped from the claimed files; nil for none.
+	Mapped *criu.MappedMemory
 
 	// MinUptime is how long a restored container must have lived before it was
 	// dumped again, see [CrashLoop]; 0 accepts all.
@@ -119,7 +121,7 @@ type Volume struct {
 // loop, memory limit, host, volumes, the checkpoint's files, and the rights of its tasks
 // against the spec. Then it makes the image directory and writes into it what
 // this restore is to do otherwise: the pod's host name, which tmpfs are given to
-// CRIU, and whether memory is merged. Its error is a *[Refusal].
+// CRIU, whether memory is merged, and what of it is mapped. Its error is a *[Refusal].
 func Prepare(ctx context.Context, r Request) (*Plan, error) {
 	p, err := prepare(ctx, r)
 	if err == nil {
@@ -219,8 +221,14 @@ func (r *Request) lay(ctx context.Context, plan *Plan) error {
 	// A clone offers its memory for merging if its own pod wants that, whatever
 	// the source did; what goes on from a checkpoint of its own is as it was.
 	// Where there is no merging CRIU would fail.
+	merge := m.Template != "" && r.Settings.Merge && r.CanMerge
 	if m.Template != "" || !r.CanMerge {
-		if err := criu.SetMergeable(images, r.ImageDir, m.Template != "" && r.Settings.Merge && r.CanMerge); err != nil {
+		if err := criu.SetMergeable(images, r.ImageDir, merge); err != nil {
+			return err
+		}
+	}
+	if r.Mapped != nil {
+		if err := r.Mapped.Write(r.ImageDir, merge); err != nil {
 			return err
 		}
 	}

@@ -16,6 +16,7 @@ import (
 // mapping is a part of /proc/PID/smaps.
 type mapping struct {
 	name      string // empty for anonymous memory
+	size      int64  // bytes
 	anonymous int64  // bytes
 	flags     string // of VmFlags, each between spaces
 }
@@ -37,6 +38,9 @@ func (c *ctr) smaps() (ms []mapping) {
 		}
 		last := &ms[len(ms)-1]
 		var kb int64
+		if n, _ := fmt.Sscanf(line, "Size: %d kB", &kb); n == 1 {
+			last.size = kb << 10
+		}
 		if n, _ := fmt.Sscanf(line, "Anonymous: %d kB", &kb); n == 1 {
 			last.anonymous = kb << 10
 		}

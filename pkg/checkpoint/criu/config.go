@@ -62,6 +62,9 @@ type ConfigOptions struct {
 	// External are mounts that a restore takes from the node, by their keys in the
 	// images, as absolute paths. Neither may hold white space. Needed at restore.
 	External map[string]string
+	// InheritFD are descriptors of CRIU's own that a restore takes for the files of
+	// these names, without the leading slash. Needed at restore.
+	InheritFD map[string]int
 }
 
 // DefaultGhostLimit is what stasis accepts of open files without a name.
@@ -115,6 +118,9 @@ func Config(o ConfigOptions) string {
 	}
 	for _, key := range slices.Sorted(maps.Keys(o.External)) {
 		fmt.Fprintf(&b, "external mnt[%s]:%s\n", key, o.External[key])
+	}
+	for _, key := range slices.Sorted(maps.Keys(o.InheritFD)) {
+		fmt.Fprintf(&b, "inherit-fd fd[%d]:%s\n", o.InheritFD[key], key)
 	}
 	return b.String()
 }

@@ -54,14 +54,7 @@ func SetMergeable(imageDir, dir string, on bool) error {
 		}
 		changed := false
 		for _, v := range e.GetVmas() {
-			madv := v.GetMadv() &^ (1 << unix.MADV_MERGEABLE)
-			if on && worthMerging(v) {
-				madv |= 1 << unix.MADV_MERGEABLE
-			}
-			if madv != v.GetMadv() {
-				v.Madv = proto.Uint64(madv)
-				changed = true
-			}
+			changed = offer(v, on) || changed
 		}
 		if !changed {
 			continue
@@ -71,6 +64,19 @@ func SetMergeable(imageDir, dir string, on bool) error {
 		}
 	}
 	return nil
+}
+
+// offer has a mapping be offered, or not, and tells whether that is a change.
+func offer(v *vma.VmaEntry, on bool) (changed bool) {
+	madv := v.GetMadv() &^ (1 << unix.MADV_MERGEABLE)
+	if on && worthMerging(v) {
+		madv |= 1 << unix.MADV_MERGEABLE
+	}
+	if madv == v.GetMadv() {
+		return false
+	}
+	v.Madv = proto.Uint64(madv)
+	return true
 }
 
 // worthMerging tells whether a mapping is offered: anonymous memory of the

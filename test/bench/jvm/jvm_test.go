@@ -63,9 +63,11 @@ func example() *report {
 		return w
 	}
 	s := &serviceReport{Name: "heap of 100 MB", TemplateBytes: 200 << 20, Ways: map[string]*wayReport{
-		wayCold: way(3000, 2900, 3100), wayRunc: way(500, 510, 520), wayLazy: way(120, 130, 140), wayClone: way(100, 90, 110)}}
-	s.AtOnce = []atOnceReport{{Clones: 1, TotalMs: 100, PSSBytes: 100, ColdPSSBytes: 110, ColdMeasured: 1},
-		{Clones: 4, TotalMs: 500, PSSBytes: 400, ColdPSSBytes: 440, ColdMeasured: 4, Merged: &mergedReport{PSSBytes: 100, Settled: true}}, {Clones: 16, Skipped: "no <memory>"}}
+		wayCold: way(3000, 2900, 3100), wayRunc: way(500, 510, 520), wayLazy: way(120, 130, 140), wayClone: way(100, 90, 110), wayMapped: way(80, 70, 90)}}
+	s.AtOnce = []atOnceReport{{Clones: 1, Way: wayClone, TotalMs: 100, PSSBytes: 100, ColdPSSBytes: 110, ColdMeasured: 1},
+		{Clones: 4, Way: wayClone, TotalMs: 500, PSSBytes: 400, ColdPSSBytes: 440, ColdMeasured: 4, Merged: &mergedReport{PSSBytes: 100, Settled: true}}, {Clones: 16, Way: wayClone, Skipped: "no <memory>"},
+		{Clones: 4, Way: wayMapped, TotalMs: 200, PSSBytes: 110, ColdPSSBytes: 440, ColdMeasured: 4}}
+	s.Ways[wayMapped].Fill = nil
 	return &report{Machine: machineFacts{CPUs: 2, Kernel: "6.1"}, Settings: settings{Runs: 3, Window: 10 * time.Second}, Floor: []float64{20, 30}, Services: []*serviceReport{s}}
 }
 
@@ -76,24 +78,29 @@ func TestGoals(t *testing.T) {
 		met[g.name] = g.met
 	}
 	for name, want := range map[string]bool{
-		"heap of 100 MB: clone, 1.5 × (floor + 60 ms)":                     true, // 100 of 127, for cold / 25 is 120
-		"heap of 100 MB: runc restore / clone":                             true, // 5.1
-		"heap of 100 MB: p99 in the first second, clone / CRIU lazy-pages": false,
-		"heap of 100 MB: GB/s filled in a clone":                           false,
-		"heap of 100 MB: 4 clones at once / one":                           false, // 5 of 4
-		"heap of 100 MB: PSS of 4 clones / of cold copies":                 false, // 0.91
-		"heap of 100 MB: PSS of 4 clones, merged / of cold copies":         true,  // 0.23
+		"heap of 100 MB, stasis clone: first answer, 1.5 × (floor + 60 ms)":               true, // 100 of 127, for cold / 25 is 120
+		"heap of 100 MB, runc restore / stasis clone":                                     true, // 5.1
+		"heap of 100 MB, stasis clone: p99 in the first second / CRIU lazy-pages":         false,
+		"heap of 100 MB, stasis clone: GB/s filled":                                       false,
+		"heap of 100 MB, stasis clone: 4 at once / one":                                   false, // 5 of 4
+		"heap of 100 MB, stasis clone: PSS of 4 / of cold copies":                         false, // 0.91
+		"heap of 100 MB, stasis clone: PSS of 4, merged / of cold copies":                 true,  // 0.23
+		"heap of 100 MB, stasis clone, mapped: first answer, 1.5 × (floor + 60 ms)":       true,
+		"heap of 100 MB, runc restore / stasis clone, mapped":                             true,
+		"heap of 100 MB, stasis clone, mapped: p99 in the first second / CRIU lazy-pages": false,
+		"heap of 100 MB, stasis clone, mapped: 4 at once / one":                           true, // 2.5 of 4
+		"heap of 100 MB, stasis clone, mapped: PSS of 4 / of cold copies":                 true, // 0.25
 	} {
 		if got, ok := met[name]; !ok || got != want {
 			t.Errorf("%s: met %v, known %v, want met %v", name, got, ok, want)
 		}
 	}
-	if len(met) != 7 {
+	if len(met) != 12 {
 		t.Errorf("%d goals: %v", len(met), met)
 	}
 	slow := example()
 	slow.Services[0].Ways[wayCold].First = []float64{9000}
-	if g := slow.goals()[0]; g.name != "heap of 100 MB: clone, cold / 25" || g.want != "≤ 360" || !g.met {
+	if g := slow.goals()[0]; g.name != "heap of 100 MB, stasis clone: first answer, cold / 25" || g.want != "≤ 360" || !g.met {
 		t.Errorf("a slow start: %+v", g)
 	}
 }
@@ -106,7 +113,7 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	text, _ := os.ReadFile(filepath.Join(dir, "bench-jvm.txt"))
-	for _, want := range []string{"3000 (2900-3100)", "100 (90.0-110)", "16 clones at once: skipped, no <memory>", "4 clones at once, pages merged: PSS 0 MB", "settled", "25.0 (20.0-30.0)", "2.00, 2.00", "2.00, 8.00"} {
+	for _, want := range []string{"3000 (2900-3100)", "100 (90.0-110)", "stasis clone, 16 at once: skipped, no <memory>", "stasis clone, 4 at once, pages merged: PSS 0 MB", "settled", "25.0 (20.0-30.0)", "2.00, 2.00", "2.00, 8.00"} {
 		if !strings.Contains(string(text), want) {
 			t.Errorf("no %q in\n%s", want, text)
 		}
@@ -130,7 +137,7 @@ func TestReport(t *testing.T) {
 			circles++
 		}
 	}
-	if want := 2 + 4*3 + 4*2; circles != want {
+	if want := 2 + 5*3 + 5*2; circles != want {
 		t.Errorf("%d points, want %d", circles, want)
 	}
 }

@@ -188,9 +188,11 @@ func (n *node) service(ctx context.Context, s service, set settings) (*serviceRe
 			return n.runc(ctx, t, set, false)
 		},
 		wayLazy: func(ctx context.Context, t *template, set settings) (timing, error) { return n.runc(ctx, t, set, true) },
-		wayClone: func(ctx context.Context, t *template, set settings) (timing, error) {
-			return n.clone(ctx, t, set)
-		},
+	}
+	for w, memory := range memories {
+		measure[w] = func(ctx context.Context, t *template, set settings) (timing, error) {
+			return n.clone(ctx, t, memory, set)
+		}
 	}
 	for i := range set.Runs {
 		for k := range ways {
@@ -222,16 +224,18 @@ func (n *node) service(ctx context.Context, s service, set settings) (*serviceRe
 			r.CacheLeft = max(r.CacheLeft, left)
 		}
 	}
-	for _, count := range set.Clones {
-		progress("%s: %d clones at once", s.name, count)
-		if err := cacheIn(t.dir); err != nil {
-			return nil, err
+	for _, w := range cloneWays {
+		for _, count := range set.Clones {
+			progress("%s: %s, %d at once", s.name, w, count)
+			if err := cacheIn(t.dir); err != nil {
+				return nil, err
+			}
+			c, err := n.atOnce(ctx, t, w, count, set.Merge && w == wayClone)
+			if err != nil {
+				return nil, fmt.Errorf("%s, %d at once: %w", w, count, err)
+			}
+			r.AtOnce = append(r.AtOnce, c)
 		}
-		c, err := n.atOnce(ctx, t, count, set.Merge)
-		if err != nil {
-			return nil, fmt.Errorf("%d clones at once: %w", count, err)
-		}
-		r.AtOnce = append(r.AtOnce, c)
 	}
 	return r, n.coldCopies(ctx, t, r)
 }

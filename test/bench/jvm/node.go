@@ -171,8 +171,8 @@ func (n *node) cold(ctx context.Context, s service, set settings) (timing, error
 }
 
 // clone measures a start from the template.
-func (n *node) clone(ctx context.Context, t *template, set settings) (timing, error) {
-	return n.whole(ctx, t.service, map[string]string{checkpoint.AnnotationTemplate: t.name}, t.answers, set)
+func (n *node) clone(ctx context.Context, t *template, memory checkpoint.Memory, set settings) (timing, error) {
+	return n.whole(ctx, t.service, map[string]string{checkpoint.AnnotationTemplate: t.name, checkpoint.AnnotationMemory: string(memory)}, t.answers, set)
 }
 
 // whole measures the way through the CRI.
@@ -192,6 +192,9 @@ func (n *node) whole(ctx context.Context, s service, annotations, answers map[st
 	}
 	if set.Window > 0 {
 		t.requests, t.fill, err = s.after(ctx, p.address, t.container, answers, set)
+		if annotations[checkpoint.AnnotationMemory] == string(checkpoint.MemoryMapped) {
+			t.fill = 0 // nothing is filled; what grows is what has been looked at
+		}
 	}
 	return t, err
 }
@@ -205,8 +208,9 @@ func (p *pod) restored() ([]event.Phase, error) {
 			last = e
 		}
 	})
-	if err == nil && last.Type != event.Restored {
-		err = fmt.Errorf("not restored: %s %s", last.Type, last.Reason)
+	mapped := p.config.Annotations[checkpoint.AnnotationMemory] == string(checkpoint.MemoryMapped)
+	if err == nil && (last.Type != event.Restored || mapped != strings.Contains(last.Reason, "mapped from it")) {
+		err = fmt.Errorf("not restored, or in another way: %s %s", last.Type, last.Reason)
 	}
 	return last.Phases, err
 }
@@ -265,10 +269,15 @@ func (t *template) remove(ctx context.Context) {
 
 // atOnce starts so many clones at a time, and measures their memory when it no
 // longer grows, and once more when equal pages have been merged.
-func (n *node) atOnce(ctx context.Context, t *template, count int, merge bool) (r atOnceReport, err error) {
-	r.Clones = count
-	// A clone that shares nothing needs what the template holds.
-	if need, free := int64(count)*t.bytes, meminfo("MemAvailable"); need > free*8/10 {
+func (n *node) atOnce(ctx context.Context, t *template, way string, count int, merge bool) (r atOnceReport, err error) {
+	r.Clones, r.Way = count, way
+	// A clone that shares nothing needs what the template holds; one that shares what
+	// it does not write to needs a part of that, a third at the most in what was seen.
+	need, free := int64(count)*t.bytes, meminfo("MemAvailable")
+	if way == wayMapped {
+		need = t.bytes + need/3
+	}
+	if need > free*8/10 {
 		r.Skipped = fmt.Sprintf("%d MB might be needed, %d MB are free", need>>20, free>>20)
 		return r, nil
 	}
@@ -279,7 +288,8 @@ func (n *node) atOnce(ctx context.Context, t *template, count int, merge bool) (
 		}
 	}()
 	for range count {
-		p, err := n.pod(ctx, t.service.short, map[string]string{checkpoint.AnnotationTemplate: t.name, checkpoint.AnnotationMerge: strconv.FormatBool(merge)})
+		p, err := n.pod(ctx, t.service.short, map[string]string{
+			checkpoint.AnnotationTemplate: t.name, checkpoint.AnnotationMemory: string(memories[way]), checkpoint.AnnotationMerge: strconv.FormatBool(merge)})
 		if err != nil {
 			return r, err
 		}

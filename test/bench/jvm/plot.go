@@ -15,7 +15,7 @@ type row struct {
 	mark         string    // text beside the median
 }
 
-var colors = map[string]string{wayCold: "#555", wayRunc: "#c60", wayLazy: "#07a", wayClone: "#080"}
+var colors = map[string]string{wayCold: "#555", wayRunc: "#c60", wayLazy: "#07a", wayClone: "#080", wayMapped: "#a0a"}
 
 // plot is the first answers of all services and ways as an SVG image with a
 // logarithmic axis. It is one kind of picture with points and lines: text that

@@ -7,17 +7,25 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
 )
 
 // The ways, in the order of the issue's letters.
 const (
-	wayCold  = "cold"
-	wayRunc  = "runc restore"
-	wayLazy  = "CRIU lazy-pages"
-	wayClone = "stasis clone"
+	wayCold   = "cold"
+	wayRunc   = "runc restore"
+	wayLazy   = "CRIU lazy-pages"
+	wayClone  = "stasis clone"
+	wayMapped = "stasis clone, mapped"
 )
 
-var ways = []string{wayCold, wayRunc, wayLazy, wayClone}
+var ways = append([]string{wayCold, wayRunc, wayLazy}, cloneWays...)
+
+var cloneWays = []string{wayClone, wayMapped}
+
+// memories are the ways in which clones start, with the annotation that says so.
+var memories = map[string]checkpoint.Memory{wayClone: checkpoint.MemoryLazy, wayMapped: checkpoint.MemoryMapped}
 
 // phases are those of a restore, in their order.
 var phases = []string{"claim", "prepare", "verify", "layers", "create", "pager", "tmpfs", "criu", "runc", "eager", "hook", "outside"}
@@ -66,6 +74,7 @@ type latency struct {
 
 type atOnceReport struct {
 	Clones   int       `json:"clones"`
+	Way      string    `json:"way"`
 	Skipped  string    `json:"skipped,omitempty"`
 	TotalMs  float64   `json:"totalMs,omitempty"`
 	EachMs   []float64 `json:"eachMs,omitempty"`
@@ -178,40 +187,44 @@ func (r *report) text() string {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s, %s\t%s, %s\n", way, spread(x.First), spread(x.Created), spread(x.Started), spread(x.ColdCache), spread(gb),
 				short(x.Second.P50), short(x.Second.P99), short(x.Window.P50), short(x.Window.P99))
 		}
-		if p := s.Ways[wayClone].Phases; len(p) > 0 {
-			var parts []string
-			for _, name := range phases {
-				if v := p[name]; len(v) > 0 {
-					parts = append(parts, name+" "+short(median(v)))
+		for _, way := range cloneWays {
+			if p := s.Ways[way].Phases; len(p) > 0 {
+				var parts []string
+				for _, name := range phases {
+					if v := p[name]; len(v) > 0 {
+						parts = append(parts, name+" "+short(median(v)))
+					}
 				}
+				fmt.Fprintf(w, "start of a %s: %s\n", way, strings.Join(parts, ", "))
 			}
-			fmt.Fprintf(w, "start of a clone: %s\n", strings.Join(parts, ", "))
 		}
-		if clone := median(s.Ways[wayClone].First); clone > 0 {
-			fmt.Fprintf(w, "a clone answers %s times as soon as a cold start, %s times as soon as runc restore\n",
-				short(median(s.Ways[wayCold].First)/clone), short(median(s.Ways[wayRunc].First)/clone))
+		for _, way := range cloneWays {
+			if clone := median(s.Ways[way].First); clone > 0 {
+				fmt.Fprintf(w, "a %s answers %s times as soon as a cold start, %s times as soon as runc restore\n",
+					way, short(median(s.Ways[wayCold].First)/clone), short(median(s.Ways[wayRunc].First)/clone))
+			}
 		}
 		if s.CacheLeft > 0.01 {
 			fmt.Fprintf(w, "the page cache was not cold: %.0f %% of the template stayed in it\n", 100*s.CacheLeft)
 		}
 		for _, a := range s.AtOnce {
 			if a.Skipped != "" {
-				fmt.Fprintf(w, "%d clones at once: skipped, %s\n", a.Clones, a.Skipped)
+				fmt.Fprintf(w, "%s, %d at once: skipped, %s\n", a.Way, a.Clones, a.Skipped)
 				continue
 			}
 			how := "measured"
 			if a.ColdMeasured != a.Clones {
 				how = fmt.Sprintf("by that of %d", a.ColdMeasured)
 			}
-			fmt.Fprintf(w, "%d clones at once: all answer after %s, each after %s; PSS %s MB, of cold copies %s MB (%s)\n",
-				a.Clones, short(a.TotalMs), spread(a.EachMs), megabytes(a.PSSBytes), megabytes(a.ColdPSSBytes), how)
+			fmt.Fprintf(w, "%s, %d at once: all answer after %s, each after %s; PSS %s MB, of cold copies %s MB (%s)\n",
+				a.Way, a.Clones, short(a.TotalMs), spread(a.EachMs), megabytes(a.PSSBytes), megabytes(a.ColdPSSBytes), how)
 			if m := a.Merged; m != nil {
 				until := "settled"
 				if !m.Settled {
 					until = "given up"
 				}
-				fmt.Fprintf(w, "%d clones at once, pages merged: PSS %s MB; %s MB are merged pages, each counted in each clone; %s after %s s\n",
-					a.Clones, megabytes(m.PSSBytes), megabytes(m.KSMBytes), until, short(m.Ms/1000))
+				fmt.Fprintf(w, "%s, %d at once, pages merged: PSS %s MB; %s MB are merged pages, each counted in each clone; %s after %s s\n",
+					a.Way, a.Clones, megabytes(m.PSSBytes), megabytes(m.KSMBytes), until, short(m.Ms/1000))
 			}
 		}
 	}
@@ -250,8 +263,7 @@ func (r *report) goals() (gs []goal) {
 	floor := median(r.Floor)
 	var heaps []*serviceReport
 	for _, s := range r.Services {
-		cold, clone := median(s.Ways[wayCold].First), median(s.Ways[wayClone].First)
-		least := 20.0
+		cold, least := median(s.Ways[wayCold].First), 20.0
 		if strings.HasPrefix(s.Name, "heap") {
 			heaps, least = append(heaps, s), 25
 		}
@@ -260,31 +272,37 @@ func (r *report) goals() (gs []goal) {
 		if alone := 1.5 * (floor + 60); most < alone {
 			most, why = alone, "1.5 × (floor + 60 ms)"
 		}
-		atMost(s.Name+": clone, "+why, clone, most)
-		atMost(s.Name+": p99 in the first second, clone / CRIU lazy-pages", s.Ways[wayClone].Second.P99/max(s.Ways[wayLazy].Second.P99, 1e-9), 0.5)
-		if fill := median(s.Ways[wayClone].Fill); fill > 0 {
-			ratio(s.Name+": GB/s filled in a clone", fill/1e9, 1, 4)
-		}
-		for _, a := range s.AtOnce {
-			if a.Skipped != "" || a.Clones == 1 {
-				continue
+		for _, way := range cloneWays {
+			of := s.Name + ", " + way + ": "
+			clone := median(s.Ways[way].First)
+			atMost(of+"first answer, "+why, clone, most)
+			atMost(of+"p99 in the first second / CRIU lazy-pages", s.Ways[way].Second.P99/max(s.Ways[wayLazy].Second.P99, 1e-9), 0.5)
+			if fill := median(s.Ways[way].Fill); fill > 0 {
+				ratio(of+"GB/s filled", fill/1e9, 1, 4)
 			}
-			atMost(fmt.Sprintf("%s: %d clones at once / one", s.Name, a.Clones), a.TotalMs/max(clone, 1e-9), 2*float64(a.Clones)/float64(max(r.Machine.CPUs, 1)))
-			if a.ColdPSSBytes > 0 {
-				atMost(fmt.Sprintf("%s: PSS of %d clones / of cold copies", s.Name, a.Clones), float64(a.PSSBytes)/float64(a.ColdPSSBytes), 0.35)
-				if a.Merged != nil {
-					atMost(fmt.Sprintf("%s: PSS of %d clones, merged / of cold copies", s.Name, a.Clones), float64(a.Merged.PSSBytes)/float64(a.ColdPSSBytes), 0.35)
+			for _, a := range s.AtOnce {
+				if a.Way != way || a.Skipped != "" || a.Clones == 1 {
+					continue
+				}
+				atMost(fmt.Sprintf("%s%d at once / one", of, a.Clones), a.TotalMs/max(clone, 1e-9), 2*float64(a.Clones)/float64(max(r.Machine.CPUs, 1)))
+				if a.ColdPSSBytes > 0 {
+					atMost(fmt.Sprintf("%sPSS of %d / of cold copies", of, a.Clones), float64(a.PSSBytes)/float64(a.ColdPSSBytes), 0.35)
+					if a.Merged != nil {
+						atMost(fmt.Sprintf("%sPSS of %d, merged / of cold copies", of, a.Clones), float64(a.Merged.PSSBytes)/float64(a.ColdPSSBytes), 0.35)
+					}
 				}
 			}
 		}
 	}
-	if len(heaps) > 0 {
-		large := heaps[len(heaps)-1]
-		ratio(large.Name+": runc restore / clone", median(large.Ways[wayRunc].First), median(large.Ways[wayClone].First), 4)
-	}
-	if len(heaps) > 1 {
-		small, large := heaps[0], heaps[len(heaps)-1]
-		atMost(fmt.Sprintf("clone, %s / %s", large.Name, small.Name), median(large.Ways[wayClone].First)/max(median(small.Ways[wayClone].First), 1e-9), 1.3)
+	for _, way := range cloneWays {
+		if len(heaps) > 0 {
+			large := heaps[len(heaps)-1]
+			ratio(fmt.Sprintf("%s, runc restore / %s", large.Name, way), median(large.Ways[wayRunc].First), median(large.Ways[way].First), 4)
+		}
+		if len(heaps) > 1 {
+			small, large := heaps[0], heaps[len(heaps)-1]
+			atMost(fmt.Sprintf("%s, %s / %s", way, large.Name, small.Name), median(large.Ways[way].First)/max(median(small.Ways[way].First), 1e-9), 1.3)
+		}
 	}
 	return gs
 }

@@ -1,0 +1,380 @@
+package criu
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/fown"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/mm"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/pagemap"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/regfile"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+)
+
+const (
+	// minMapped is the size from which on a run is mapped. A mapping costs the
+	// kernel 200 bytes and CRIU some microseconds, as copying 16 KiB does.
+	minMapped = 16 << 10
+	// maxMappedVMAs bounds the mappings of a process that is restored so. The kernel
+	// allows 65530 (vm.max_map_count), of which the process needs some itself.
+	maxMappedVMAs = 1 << 14
+	// mappedKey begins the names by which CRIU is given files of pages.
+	mappedKey = "stasis-memory-"
+)
+
+// MappedMemory is a restore in which the memory of Java virtual machines is not read:
+// each run of pages in the images becomes a private mapping of the file that holds
+// it. Nothing is copied before a page is written to, and what nobody writes to is
+// there once, in the page cache, for all that were restored from it.
+//
+// It differs from anonymous memory in one thing that programs may notice:
+// madvise(MADV_DONTNEED) brings back what was in the image, not zeroes. HotSpot and
+// the allocators of glibc and musl do not rely on zeroes there: memory that is given
+// back HotSpot maps anew (os_linux.cpp, pd_commit_memory and pd_uncommit_memory), and
+// calloc clears all that was ever in use (malloc.c, __libc_calloc: mprotect_size).
+// Other allocators do, jemalloc for one (pages.c, pages_purge_forced). So it is for
+// processes that run HotSpot's libjvm.so and none of these.
+type MappedMemory struct {
+	// Files hold memory. None may change as long as a process lives that was
+	// restored from it.
+	Files []MappedFile
+	// Bytes and Segments are what is mapped, in how many mappings.
+	Bytes    uint64
+	Segments int
+
+	dir   *images
+	tasks []mappedTask
+}
+
+// MappedFile is a file of an image directory that a restore is to be given as a
+// descriptor, see [ConfigOptions.InheritFD].
+type MappedFile struct {
+	Key  string // letters, digits and "-"
+	Name string
+}
+
+// mappedTask is a process of which runs are mapped.
+type mappedTask struct {
+	pid      uint32
+	mm       *mm.MmEntry
+	runs     []LazyRun
+	pages    *os.File
+	pagesID  uint32
+	fileID   uint32
+	key      string
+	segments int
+}
+
+// OpenMappedMemory reads from the images what can be mapped. An error that matches
+// [errdefs.ErrNotImplemented] says why nothing can be, though the images are whole.
+// The directory must hold the images themselves, see [OpenLazyMemory].
+func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
+	lazy, err := OpenLazyMemory(imageDir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		for _, t := range lazy.Tasks { // what no task of the mapping took
+			if t.Pages != nil {
+				t.Pages.Close()
+			}
+		}
+	}()
+	d, err := openImages(imageDir)
+	if err != nil {
+		return nil, err
+	}
+	m := &MappedMemory{dir: d}
+	defer func() {
+		if err != nil {
+			m.Close()
+		}
+	}()
+	files, err := d.files()
+	if err != nil {
+		return nil, err
+	}
+	next := uint32(0)
+	for _, id := range files.order {
+		next = max(next, id)
+		if strings.HasPrefix(path.Base(files.byID[id].path), mappedKey) {
+			return nil, fmt.Errorf("a file is called %s: %w", files.byID[id].path, errdefs.ErrNotImplemented)
+		}
+	}
+	why := error(nil)
+	for i := range lazy.Tasks {
+		l := &lazy.Tasks[i]
+		if l.Zombie || len(l.Runs) == 0 {
+			continue
+		}
+		name := fmt.Sprintf("mm-%d.img", l.PID)
+		e := new(mm.MmEntry)
+		if err := d.one(e, name, magicCommon, magicMM); err != nil {
+			return nil, err
+		}
+		if err := runsHotSpot(e, files); err != nil {
+			why = errors.Join(why, fmt.Errorf("process %d: %w", l.PID, err))
+			continue
+		}
+		if next >= math.MaxInt32 {
+			return nil, d.corrupt("files.img", "file id %d", next)
+		}
+		next++
+		t := mappedTask{pid: l.PID, mm: e, pages: l.Pages, fileID: next, key: fmt.Sprint(mappedKey, l.PID)}
+		l.Pages = nil
+		m.tasks = append(m.tasks, t)
+		if err := m.collect(&m.tasks[len(m.tasks)-1], l.Runs); err != nil {
+			return nil, err
+		}
+	}
+	if m.Bytes == 0 {
+		if why == nil {
+			why = errors.New("it has no memory for that")
+		}
+		return nil, fmt.Errorf("%w: %w", why, errdefs.ErrNotImplemented)
+	}
+	return m, nil
+}
+
+// Close closes the files of the mapping.
+func (m *MappedMemory) Close() error {
+	errs := []error{m.dir.Close()}
+	for _, t := range m.tasks {
+		errs = append(errs, t.pages.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// runsHotSpot tells why a process's memory must not be mapped, see [MappedMemory].
+func runsHotSpot(e *mm.MmEntry, files *fileTable) error {
+	if len(e.GetVmas()) > maxMappings {
+		return fmt.Errorf("%d mappings", len(e.GetVmas()))
+	}
+	jvm := false
+	for _, v := range e.GetVmas() {
+		if v.GetStatus()&vmaFilePrivate == 0 || v.GetShmid() > math.MaxUint32 {
+			continue
+		}
+		f := files.byID[uint32(v.GetShmid())]
+		if f == nil {
+			continue
+		}
+		base := path.Base(f.path)
+		jvm = jvm || base == "libjvm.so"
+		for _, other := range []string{"jemalloc", "tcmalloc", "mimalloc", "hoard", "snmalloc", "scudo"} {
+			if strings.Contains(base, other) {
+				return fmt.Errorf("it uses the allocator %s, which may rely on MADV_DONTNEED", base)
+			}
+		}
+	}
+	if !jvm {
+		return errors.New("it is no Java virtual machine (no libjvm.so)")
+	}
+	return nil
+}
+
+// collect takes the runs that are worth a mapping.
+func (m *MappedMemory) collect(t *mappedTask, runs []LazyRun) error {
+	vmas, i := t.mm.GetVmas(), 0
+	for _, r := range runs {
+		for i < len(vmas) && vmas[i].GetEnd() <= r.Addr {
+			i++
+		}
+		if r.Size < minMapped || i == len(vmas) || !canBeMapped(vmas[i]) {
+			continue
+		}
+		t.runs = append(t.runs, r)
+		m.Bytes += r.Size
+		m.Segments++
+	}
+	if n := len(vmas) + 2*len(t.runs); n > maxMappedVMAs {
+		return fmt.Errorf("process %d: %d mappings are too many: %w", t.pid, n, errdefs.ErrNotImplemented)
+	}
+	if len(t.runs) > 0 {
+		name := fmt.Sprintf("pagemap-%d.img", t.pid)
+		var err error
+		if t.pagesID, err = m.dir.pagemap(name, func(run) error { return nil }); err != nil {
+			return err
+		}
+		m.Files = append(m.Files, MappedFile{Key: t.key, Name: fmt.Sprintf("pages-%d.img", t.pagesID)})
+	}
+	return nil
+}
+
+// canBeMapped leaves out stacks, which grow, and what a file has none of.
+func canBeMapped(v *vma.VmaEntry) bool {
+	return canBeLazy(v) && v.GetStatus()&(vmaStack|vmaGuard|vmaAIO) == 0 &&
+		v.GetFlags()&(unix.MAP_GROWSDOWN|mapDroppable) == 0 && v.GetMadv()&(1<<unix.MADV_WIPEONFORK) == 0
+}
+
+// Write lays out the restore in dir, the view of the image directory that
+// [LinkImages] made: the mappings and files are replaced by those of the mapping, and
+// the pages by the few that are left for CRIU to read. merge is as for
+// [SetMergeable], which must come before.
+//
+// CRIU maps files for private mappings as it does for libraries (criu/files-reg.c:
+// open_filemap, open_path), and takes one that it was given a descriptor for
+// (criu/files.c: inherited_fd) wherever that lies.
+func (m *MappedMemory) Write(dir string, merge bool) error {
+	view, err := openImages(dir)
+	if err != nil {
+		return err
+	}
+	defer view.Close()
+	var entries []proto.Message
+	err = each(m.dir, "files.img", magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
+		entries = append(entries, proto.CloneOf(e))
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for i := range m.tasks {
+		t := &m.tasks[i]
+		if len(t.runs) == 0 {
+			continue
+		}
+		entries = append(entries, &fdinfo.FileEntry{
+			Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(t.fileID),
+			Reg: &regfile.RegFileEntry{
+				Id: proto.Uint32(t.fileID), Flags: proto.Uint32(unix.O_RDONLY), Pos: proto.Uint64(0), Name: proto.String("/" + t.key),
+				Fown: &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)},
+			},
+		})
+		if err := t.write(m.dir, view, merge); err != nil {
+			return err
+		}
+	}
+	return view.replace("files.img", magicFiles, entries...)
+}
+
+func (t *mappedTask) write(d, view *images, merge bool) error {
+	e := proto.CloneOf(t.mm)
+	e.Vmas = t.split()
+	for _, v := range e.Vmas {
+		offer(v, merge)
+	}
+	if err := view.replace(fmt.Sprintf("mm-%d.img", t.pid), magicMM, e); err != nil {
+		return err
+	}
+	return t.writePages(d, view)
+}
+
+// split makes mappings of the file where there are runs. What lies between them is
+// anonymous as before, so that it reads as zeroes.
+func (t *mappedTask) split() []*vma.VmaEntry {
+	out := make([]*vma.VmaEntry, 0, len(t.mm.GetVmas())+2*len(t.runs))
+	runs := t.runs
+	for _, v := range t.mm.GetVmas() {
+		part := func(start, end uint64) *vma.VmaEntry {
+			p := proto.CloneOf(v)
+			p.Start, p.End = &start, &end
+			out = append(out, p)
+			return p
+		}
+		if v.GetStatus()&vmaGuard != 0 { // they come last, and lie within others
+			out = append(out, v)
+			continue
+		}
+		at := v.GetStart()
+		for len(runs) > 0 && runs[0].Addr < v.GetEnd() {
+			r := runs[0]
+			runs = runs[1:]
+			if at < r.Addr {
+				part(at, r.Addr)
+			}
+			at = r.Addr + r.Size
+			p := part(r.Addr, at)
+			p.Pgoff = proto.Uint64(uint64(r.Off))
+			p.Shmid = proto.Uint64(uint64(t.fileID))
+			p.Flags = proto.Uint32(v.GetFlags() &^ unix.MAP_ANONYMOUS)
+			p.Status = proto.Uint32(v.GetStatus()&^(vmaAnonPrivate) | vmaFilePrivate)
+			p.Fdflags = proto.Uint32(unix.O_RDONLY)
+		}
+		if at < v.GetEnd() {
+			part(at, v.GetEnd())
+		}
+	}
+	return out
+}
+
+// writePages writes the pagemap and the pages of what is not mapped.
+func (t *mappedTask) writePages(d, view *images) (err error) {
+	pages := fmt.Sprintf("pages-%d.img", t.pagesID)
+	if err := unix.Unlinkat(view.fd, pages, 0); err != nil {
+		return &os.PathError{Op: "unlink", Path: pages, Err: err}
+	}
+	fd, err := unix.Openat(view.fd, pages, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return &os.PathError{Op: "create", Path: pages, Err: err}
+	}
+	out := os.NewFile(uintptr(fd), pages)
+	defer func() { err = errors.Join(err, out.Close()) }()
+	name := fmt.Sprintf("pagemap-%d.img", t.pid)
+	entries := []proto.Message{&pagemap.PagemapHead{PagesId: &t.pagesID}}
+	buf := make([]byte, 256<<10)
+	add := func(addr, size uint64, flags uint32, off int64) error {
+		entries = append(entries, pagemapEntry(addr, size/PageSize, flags))
+		if flags&pagePresent == 0 {
+			return nil
+		}
+		n, err := io.CopyBuffer(out, onlyReader{io.NewSectionReader(t.pages, off, int64(size))}, buf)
+		if err == nil && uint64(n) != size {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
+	}
+	runs, off := t.runs, int64(0)
+	_, err = d.pagemap(name, func(r run) error {
+		size := r.pages * PageSize
+		for addr, end := r.addr, r.addr+size; addr < end; {
+			to := end
+			if len(runs) > 0 && runs[0].Addr < end {
+				to = runs[0].Addr
+			}
+			if addr < to {
+				if err := add(addr, to-addr, r.flags, off+int64(addr-r.addr)); err != nil {
+					return err
+				}
+			}
+			if addr = to; addr < end {
+				addr += runs[0].Size
+				runs = runs[1:]
+			}
+		}
+		if r.flags&pagePresent != 0 {
+			off += int64(size)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if len(entries) == 1 {
+		return d.corrupt(name, "no page of a stack") // CRIU expects a page at least
+	}
+	return view.replace(name, magicPagemap, entries...)
+}
+
+// onlyReader hides what else a reader can do, so that the buffer is used.
+type onlyReader struct{ io.Reader }
+
+// pagemapEntry is an entry as CRIU 4.2 writes it, see [image.pagemap].
+func pagemapEntry(addr, pages uint64, flags uint32) *pagemap.PagemapEntry {
+	e := &pagemap.PagemapEntry{Vaddr: &addr, NrPages: proto.Uint32(0), Flags: &flags}
+	if pages <= math.MaxUint32 {
+		e.NrPages = proto.Uint32(uint32(pages)) // for one before it
+	}
+	e.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 5, protowire.VarintType), pages))
+	return e
+}

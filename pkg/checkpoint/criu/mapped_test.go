@@ -1,0 +1,281 @@
+package criu
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/mm"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+)
+
+// samplePages are those of each process of the sample.
+const samplePages = 33
+
+// jvmImages are the images of the sample, whose program is called libjvm.so in them,
+// with pages that differ.
+func jvmImages(t *testing.T) string {
+	images := copyImages(t)
+	for _, name := range []string{"pages-2.img", "pages-3.img"} {
+		var data []byte
+		for i := range 64 {
+			data = append(data, bytes.Repeat(fmt.Appendf(nil, "%-16s", fmt.Sprint(name, i)), PageSize/16)...)
+		}
+		write(t, filepath.Join(images, name), data[:samplePages*PageSize])
+	}
+	edit(t, images, "files.img", magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) {
+		if e.GetReg().GetName() == "/app" {
+			e.Reg.Name = proto.String("/usr/lib/jvm/server/libjvm.so")
+		}
+	})
+	return images
+}
+
+// pagesOf are the pages with content that a restore of a process from dir would
+// leave, by their addresses; what is mapped comes from images.
+func pagesOf(t *testing.T, dir, images string, pid uint32) map[uint64]string {
+	t.Helper()
+	d, err := openImages(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	out := map[uint64]string{}
+	put := func(addr uint64, data []byte) {
+		for ; len(data) > 0; addr, data = addr+PageSize, data[PageSize:] {
+			if _, ok := out[addr]; ok {
+				t.Fatalf("process %d: page %#x twice", pid, addr)
+			}
+			out[addr] = string(data[:PageSize])
+		}
+	}
+	var e mm.MmEntry
+	if err := d.one(&e, fmt.Sprintf("mm-%d.img", pid), magicCommon, magicMM); err != nil {
+		t.Fatal(err)
+	}
+	files := map[uint32]string{}
+	if err := each(d, "files.img", magicFiles, new(fdinfo.FileEntry), func(f *fdinfo.FileEntry) error {
+		files[f.GetId()] = f.GetReg().GetName()
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	type at struct{ addr, off, size uint64 }
+	var runs []at
+	off := uint64(0)
+	id, err := d.pagemap(fmt.Sprintf("pagemap-%d.img", pid), func(r run) error {
+		if r.flags&pagePresent != 0 {
+			runs = append(runs, at{r.addr, off, r.pages * PageSize})
+			off += r.pages * PageSize
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages := fmt.Sprintf("pages-%d.img", id)
+	data, err := os.ReadFile(filepath.Join(dir, pages))
+	if err != nil || uint64(len(data)) != off {
+		t.Fatalf("%s: %d bytes, want %d; %v", pages, len(data), off, err)
+	}
+	for _, r := range runs {
+		put(r.addr, data[r.off:r.off+r.size])
+	}
+	original, err := os.ReadFile(filepath.Join(images, pages))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range e.GetVmas() {
+		if v.GetStatus()&vmaFilePrivate == 0 || files[uint32(v.GetShmid())] != fmt.Sprint("/", mappedKey, pid) {
+			continue
+		}
+		if v.GetFlags()&unix.MAP_ANONYMOUS != 0 || v.GetStatus()&vmaAnonPrivate != 0 || v.GetFdflags() != unix.O_RDONLY {
+			t.Errorf("process %d: mapping %v", pid, v)
+		}
+		put(v.GetStart(), original[v.GetPgoff():v.GetPgoff()+v.GetEnd()-v.GetStart()])
+	}
+	return out
+}
+
+// covered are the addresses of the mappings, each with its protection, joined where
+// they are alike.
+func covered(t *testing.T, dir string, pid uint32) (out []string) {
+	t.Helper()
+	d, err := openImages(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	var e mm.MmEntry
+	if err := d.one(&e, fmt.Sprintf("mm-%d.img", pid), magicCommon, magicMM); err != nil {
+		t.Fatal(err)
+	}
+	var last *vma.VmaEntry
+	for _, v := range e.GetVmas() {
+		if last != nil && last.GetEnd() == v.GetStart() && last.GetProt() == v.GetProt() && last.GetMadv() == v.GetMadv() {
+			out = out[:len(out)-1]
+			v.Start = last.Start
+		}
+		out = append(out, fmt.Sprintf("%#x-%#x %d %d", v.GetStart(), v.GetEnd(), v.GetProt(), v.GetMadv()))
+		last = v
+	}
+	return out
+}
+
+// TestMappedMemory: what a restore would find in memory is what was dumped, page by
+// page, though the large runs are mapped from the original; where nothing was, there
+// is nothing of a file.
+func TestMappedMemory(t *testing.T) {
+	images := jvmImages(t)
+	m, err := OpenMappedMemory(images)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(m.Files) != 2 || m.Segments != 2 || m.Bytes != 128<<10 {
+		t.Errorf("%d files, %d segments, %d bytes", len(m.Files), m.Segments, m.Bytes)
+	}
+	view := viewOf(t, images)
+	if err := errors.Join(SetMergeable(images, view, true), m.Write(view, true), m.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for i, pid := range []uint32{1, 7} {
+		before, after := pagesOf(t, images, images, pid), pagesOf(t, view, images, pid)
+		if len(before) < 20 || !maps.Equal(before, after) {
+			t.Errorf("process %d: %d pages before, %d after, or other ones", pid, len(before), len(after))
+		}
+		if b, a := covered(t, images, pid), covered(t, view, pid); !equalButAdvice(b, a) {
+			t.Errorf("process %d: mappings before\n%s\nafter\n%s", pid, strings.Join(b, "\n"), strings.Join(a, "\n"))
+		}
+		left, err := os.Stat(filepath.Join(view, m.Files[i].Name))
+		if err != nil || left.Mode() != 0o600 || left.Size() != int64(len(before))*PageSize-64<<10 {
+			t.Errorf("process %d: %v, %v, of %d pages", pid, left, err, len(before))
+		}
+	}
+	// Nothing was written through a link.
+	for _, f := range m.Files {
+		if st, err := os.Stat(filepath.Join(images, f.Name)); err != nil || st.Size() != samplePages*PageSize {
+			t.Errorf("the original was changed: %v, %v", st, err)
+		}
+	}
+}
+
+// equalButAdvice compares mappings where one may be several with other advice.
+func equalButAdvice(a, b []string) bool {
+	join := func(in []string) (out []string) {
+		var from, to, prot, madv, end, p uint64
+		for _, s := range in {
+			fmt.Sscanf(s, "%v-%v %d %d", &from, &to, &prot, &madv)
+			if len(out) > 0 && end == from && p == prot {
+				out = out[:len(out)-1]
+			}
+			out = append(out, fmt.Sprintf("%#x %d", to, prot))
+			end, p = to, prot
+		}
+		return out
+	}
+	return slices.Equal(join(a), join(b))
+}
+
+// TestMappedMemoryRefused: what may rely on memory that is anonymous is left alone,
+// with a reason, and so is what does not fit together.
+func TestMappedMemoryRefused(t *testing.T) {
+	rename := func(from, to string) func(t *testing.T, dir string) {
+		return func(t *testing.T, dir string) {
+			edit(t, dir, "files.img", magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) {
+				if e.GetReg().GetName() == from {
+					e.Reg.Name = proto.String(to)
+				}
+			})
+		}
+	}
+	editMM := func(f func(v *vma.VmaEntry)) func(t *testing.T, dir string) {
+		return func(t *testing.T, dir string) {
+			for _, pid := range []int{1, 7} {
+				edit(t, dir, fmt.Sprintf("mm-%d.img", pid), magicMM, new(mm.MmEntry), func(e *mm.MmEntry) {
+					for _, v := range e.GetVmas() {
+						f(v)
+					}
+				})
+			}
+		}
+	}
+	const large = 0x7fc12e419000 // the mapping with the run that is mapped
+	for name, tc := range map[string]struct {
+		damage func(t *testing.T, dir string)
+		want   error
+		text   string
+	}{
+		"no virtual machine": {rename("/usr/lib/jvm/server/libjvm.so", "/app"), errdefs.ErrNotImplemented, "no Java virtual machine"},
+		"an allocator":       {rename("/tmp/locked", "/usr/lib/libjemalloc.so.2"), nil, ""}, // a shared mapping is no library
+		"its key is taken":   {rename("/tmp/locked", "/stasis-memory-1"), errdefs.ErrNotImplemented, "a file is called"},
+		"wiped on fork": {editMM(func(v *vma.VmaEntry) {
+			if v.GetStart() == large {
+				v.Madv = proto.Uint64(1 << unix.MADV_WIPEONFORK)
+			}
+		}), errdefs.ErrNotImplemented, "no memory for that"},
+		"locked": {editMM(func(v *vma.VmaEntry) {
+			if v.GetStart() == large {
+				v.Flags = proto.Uint32(v.GetFlags() | unix.MAP_LOCKED)
+			}
+		}), checkpoint.ErrCorrupt, ""}, // CRIU marks no page of it as lazy
+		"grows down": {editMM(func(v *vma.VmaEntry) {
+			if v.GetStart() == large {
+				v.Flags = proto.Uint32(v.GetFlags() | unix.MAP_GROWSDOWN)
+			}
+		}), errdefs.ErrNotImplemented, "no memory for that"},
+		"short pages": {func(t *testing.T, dir string) {
+			if err := os.Truncate(filepath.Join(dir, "pages-3.img"), 4096); err != nil {
+				t.Fatal(err)
+			}
+		}, checkpoint.ErrCorrupt, "pages-3.img"},
+		"a link for pages": {func(t *testing.T, dir string) {
+			name := filepath.Join(dir, "pages-2.img")
+			if err := errors.Join(os.Remove(name), os.Symlink("/dev/zero", name)); err != nil {
+				t.Fatal(err)
+			}
+		}, checkpoint.ErrCorrupt, "pages-2.img"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			images := jvmImages(t)
+			tc.damage(t, images)
+			m, err := OpenMappedMemory(images)
+			if err == nil {
+				m.Close()
+			}
+			if !errors.Is(err, tc.want) || err != nil && !strings.Contains(err.Error(), tc.text) {
+				t.Errorf("%v, want %v with %q", err, tc.want, tc.text)
+			}
+		})
+	}
+
+	// An allocator that is a library of the process.
+	images := jvmImages(t)
+	edit(t, images, "mm-1.img", magicMM, new(mm.MmEntry), func(e *mm.MmEntry) {
+		for _, v := range e.GetVmas() {
+			if v.GetStatus()&vmaFileShared != 0 {
+				v.Status = proto.Uint32(v.GetStatus()&^vmaFileShared | vmaFilePrivate)
+			}
+		}
+	})
+	rename("/tmp/locked", "/usr/lib/libjemalloc.so.2")(t, images)
+	m, err := OpenMappedMemory(images)
+	if err != nil {
+		t.Fatal(err) // the other process can be mapped
+	}
+	defer m.Close()
+	if len(m.Files) != 1 || m.Files[0].Key != "stasis-memory-7" {
+		t.Errorf("%+v", m.Files)
+	}
+}

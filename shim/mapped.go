@@ -1,0 +1,281 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+	"github.com/stasis-containers/stasis/pkg/restore"
+)
+
+// A clone's memory may be mapped from the template's files, see
+// [criu.MappedMemory]: nothing is copied, no pager is needed, and clones share what
+// they do not write to. The kernel reads these files when a page is asked for and
+// nobody can check it then. So they are checked as a whole before the first clone of
+// a boot maps them, and never change afterwards. A template that is removed keeps
+// its files for as long as clones have them mapped.
+//
+// A container that maps files of the node cannot be dumped.
+
+const (
+	// eagerMapped is why there is no pager for memory that is mapped.
+	eagerMapped = "mapped"
+	// firstInherited is the least number of a descriptor that CRIU inherits: beyond
+	// what runc and CRIU open themselves before they look at it.
+	firstInherited = 512
+	// prefetchBytes are asked for at a time, of what is not in the page cache.
+	prefetchBytes = 4 << 20
+	// prefetchTimeout bounds the reading ahead; what is missing then is read when it
+	// is asked for.
+	prefetchTimeout = 5 * time.Minute
+)
+
+// mapMemory makes a restore one that maps memory, or says why it cannot be.
+func (s *service) mapMemory(c *container, p *pendingRestore) error {
+	m := p.claim.Manifest()
+	switch {
+	case m.Template == "":
+		return errors.New("it goes on from a checkpoint of its own, not from a template")
+	case c.settings.KeepsRecords():
+		return fmt.Errorf("its policy is %s, and what is mapped cannot be dumped", c.settings.Policy)
+	case restore.HasUserNamespace(c.spec):
+		return errors.New("it has a user namespace")
+	case m.ResidentBytes() < minLazyBytes:
+		return fmt.Errorf("its template has no more than %d MiB of memory", m.ResidentBytes()>>20)
+	}
+	mapped, err := criu.OpenMappedMemory(filepath.Join(p.claim.Dir(), checkpoint.ImageDir))
+	if err != nil {
+		return err // what is damaged is found so by those who read it next
+	}
+	p.mapped, p.eager = mapped, eagerMapped
+	p.record, p.checked = s.checkedBefore(c, p)
+	return nil
+}
+
+// giveMemory opens what is to be mapped, for CRIU to inherit, and tells CRIU of it.
+// release closes it again.
+//
+// The descriptors have no close-on-exec, so that runc and CRIU have them by the same
+// numbers; runc sets it on all of its descriptors before it starts a container or a
+// process in one (libcontainer/container_linux.go, start), but not before CRIU.
+func (c *container) giveMemory(p *pendingRestore) (release func(), err error) {
+	var fds []int
+	release = func() {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+	}
+	o := p.plan.CRIU
+	o.InheritFD = map[string]int{}
+	tree, err := sealedTree(filepath.Join(p.claim.Dir(), checkpoint.ImageDir))
+	if err != nil {
+		return nil, fmt.Errorf("map memory: %w", err)
+	}
+	defer unix.Close(tree)
+	for _, f := range p.mapped.Files {
+		fd, err := openInherited(tree, f.Name)
+		if err != nil {
+			release()
+			return nil, fmt.Errorf("map memory: %w", err)
+		}
+		fds = append(fds, fd)
+		o.InheritFD[f.Key] = fd
+	}
+	if err := c.writeCRIUConfig(o); err != nil {
+		release()
+		return nil, err
+	}
+	return release, nil
+}
+
+// sealedTree is a mount of a directory, for this process alone, that allows nothing
+// but reading and executing. Who may open what a process has mapped
+// (/proc/PID/map_files), as a privileged container may, cannot write to it, and code
+// that a virtual machine has compiled can be mapped from a file system that is mounted
+// noexec.
+func sealedTree(dir string) (int, error) {
+	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil {
+		return -1, &os.PathError{Op: "open_tree", Path: dir, Err: err}
+	}
+	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{
+		Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV, Attr_clr: unix.MOUNT_ATTR_NOEXEC,
+	})
+	if err != nil {
+		unix.Close(tree)
+		return -1, &os.PathError{Op: "mount_setattr", Path: dir, Err: err}
+	}
+	return tree, nil
+}
+
+// openInherited opens a file of the directory such that programs which are started
+// from now on inherit it.
+func openInherited(dir int, name string) (int, error) {
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return -1, &os.PathError{Op: "stat", Path: name, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return -1, fmt.Errorf("%s: not a regular file: %w", name, checkpoint.ErrCorrupt)
+	}
+	inherited, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD, firstInherited)
+	if err != nil {
+		return -1, &os.PathError{Op: "dup", Path: name, Err: err}
+	}
+	return inherited, nil
+}
+
+// checkedFile is a file as it was when its checksums were compared. No change of its
+// content leaves all of this as it was.
+type checkedFile struct {
+	Path  string `json:"path"`
+	Dev   uint64 `json:"dev"`
+	Inode uint64 `json:"inode"`
+	Size  int64  `json:"size"`
+	Mtime int64  `json:"mtime"` // ns, like Ctime
+	Ctime int64  `json:"ctime"`
+}
+
+// checked is what is recorded of the version of a template that was checked last.
+type checked struct {
+	Boot    string        `json:"boot"`
+	Version checkpoint.ID `json:"version"`
+	Files   []checkedFile `json:"files"`
+}
+
+// checkedName is the file with that record.
+func (s *service) checkedName(c *container) string {
+	return filepath.Join(s.config.RuntimeDir, "checked", c.identity.Namespace+"."+c.settings.Template)
+}
+
+// memoryFiles are the claimed files with blocks, as they are now.
+func memoryFiles(p *pendingRestore) ([]checkedFile, error) {
+	var out []checkedFile
+	for _, f := range p.claim.Manifest().Files {
+		if f.Blocks == nil {
+			continue
+		}
+		var st unix.Stat_t
+		name := filepath.Join(p.claim.Dir(), filepath.FromSlash(f.Path))
+		if err := unix.Lstat(name, &st); err != nil {
+			return nil, &os.PathError{Op: "stat", Path: name, Err: err}
+		}
+		out = append(out, checkedFile{f.Path, st.Dev, st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()})
+	}
+	return out, nil
+}
+
+// checkedBefore tells whether the memory of the template was compared with its
+// checksums since the node started, and has not changed. Where it was not, record
+// has [service.noteChecked] say so from now on.
+func (s *service) checkedBefore(c *container, p *pendingRestore) (record []byte, before bool) {
+	boot, err := checkpoint.BootID()
+	if err != nil {
+		return nil, false
+	}
+	files, err := memoryFiles(p)
+	if err != nil {
+		return nil, false // what is missing is missed when it is opened
+	}
+	record, err = json.Marshal(checked{boot, p.claim.ID(), files})
+	if err != nil {
+		return nil, false
+	}
+	have, err := os.ReadFile(s.checkedName(c))
+	return record, err == nil && string(have) == string(record)
+}
+
+// noteChecked records what [claim.Verify] has compared; record is of the time
+// before. A later change of the files is found by their times.
+func (s *service) noteChecked(ctx context.Context, c *container, record []byte) {
+	if record == nil {
+		return
+	}
+	name := s.checkedName(c)
+	err := os.MkdirAll(filepath.Dir(name), 0o700)
+	if err == nil {
+		err = replaceFile(name, record)
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("the next clone compares the checksums of its memory once more")
+	}
+}
+
+// replaceFile writes a file of mode 0600 that others read as a whole or not at all. It
+// need not survive the node.
+func replaceFile(name string, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(name), ".new-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), name)
+	}
+	if err != nil {
+		err = errors.Join(err, os.Remove(f.Name()))
+	}
+	return err
+}
+
+// prefetch reads what is to be mapped into the page cache, as far as it is not there.
+func (s *service) prefetch(ctx context.Context, p *pendingRestore) {
+	ctx, cancel := context.WithTimeout(log.WithLogger(s.ctx, log.G(ctx)), prefetchTimeout)
+	defer cancel()
+	for _, f := range p.mapped.Files {
+		if err := prefetchFile(ctx, filepath.Join(p.claim.Dir(), checkpoint.ImageDir, f.Name)); err != nil {
+			log.G(ctx).WithError(err).Debug("memory is read when it is asked for")
+		}
+	}
+}
+
+func prefetchFile(ctx context.Context, name string) error {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	for off := int64(0); off < fi.Size(); off += prefetchBytes {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		var stat unix.Cachestat_t
+		// Linux 6.5; without it all is asked for, which costs a look at each page.
+		err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{Off: uint64(off), Len: prefetchBytes}, &stat, 0)
+		if err == nil && stat.Cache*uint64(os.Getpagesize()) >= uint64(min(prefetchBytes, fi.Size()-off)) {
+			continue
+		}
+		if err := unix.Fadvise(int(f.Fd()), off, prefetchBytes, unix.FADV_WILLNEED); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dumpableLocked says why a container cannot be dumped, whoever asks for it.
+func (c *container) dumpableLocked() error {
+	if !c.mapped {
+		return nil
+	}
+	return fmt.Errorf("its memory is mapped from template %s, which CRIU cannot dump; without %s: %s it could be: %w",
+		c.settings.Template, checkpoint.AnnotationMemory, checkpoint.MemoryMapped, errdefs.ErrFailedPrecondition)
+}
