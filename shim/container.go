@@ -80,7 +80,7 @@ type claim interface {
 // pendingRestore is a claimed checkpoint and what was prepared from it.
 type pendingRestore struct {
 	claim   claim
-	stage   *store.Stage // holds the images as this restore needs them
+	images  string // the directory with the images as this restore needs them; empty before there is one
 	plan    *restore.Plan
 	eager   string          // why CRIU reads the memory itself, "" where a pager may fill it
 	start   *lazyStart      // of the pager, until it begins
@@ -97,7 +97,7 @@ type pendingRestore struct {
 	checked  bool
 	record   []byte
 	unmapped string // why memory is not mapped although the pod asks for that
-	ran        bool // the container's tasks have run, and it is gone
+	ran      bool   // the container's tasks have run, and it is gone
 }
 
 // phase notes how long a part of the restore took.

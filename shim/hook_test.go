@@ -187,7 +187,6 @@ func TestHookFailsClone(t *testing.T) {
 		if strict {
 			c.settings.OnFailure = checkpoint.OnFailureFail
 		}
-		c.restore.stage = nil
 		if c.restore.claim, err = s.claim(t.Context(), st, c, id); err != nil {
 			t.Fatal(err)
 		}

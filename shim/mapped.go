@@ -244,6 +244,8 @@ func (s *service) prefetch(ctx context.Context, p *pendingRestore) {
 	}
 }
 
+// prefetchFile has the kernel read a file ahead, a piece or two at a time, so that who
+// asks for a page meanwhile hardly waits for what was asked for before.
 func prefetchFile(ctx context.Context, name string) error {
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -254,19 +256,27 @@ func prefetchFile(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	last := int64(-1) // byte of the piece that was asked for last
 	for off := int64(0); off < fi.Size(); off += prefetchBytes {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		var stat unix.Cachestat_t
+		end := min(off+prefetchBytes, fi.Size())
 		// Linux 6.5; without it all is asked for, which costs a look at each page.
-		err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{Off: uint64(off), Len: prefetchBytes}, &stat, 0)
-		if err == nil && stat.Cache*uint64(os.Getpagesize()) >= uint64(min(prefetchBytes, fi.Size()-off)) {
+		var stat unix.Cachestat_t
+		err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{Off: uint64(off), Len: uint64(end - off)}, &stat, 0)
+		if err == nil && stat.Cache*uint64(os.Getpagesize()) >= uint64(end-off) {
 			continue
 		}
-		if err := unix.Fadvise(int(f.Fd()), off, prefetchBytes, unix.FADV_WILLNEED); err != nil {
+		if err := unix.Fadvise(int(f.Fd()), off, end-off, unix.FADV_WILLNEED); err != nil {
 			return err
 		}
+		if last >= 0 { // waits until it is there
+			if _, err := f.ReadAt(make([]byte, 1), last); err != nil {
+				return err
+			}
+		}
+		last = end - 1
 	}
 	return nil
 }

@@ -22,9 +22,11 @@ import (
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/layer"
-	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 	"github.com/stasis-containers/stasis/pkg/restore"
 )
+
+// imagesDir is the directory of a bundle with the images of a restore.
+const imagesDir = "images"
 
 // createRestored claims the checkpoint and creates the container from it. It
 // returns nil, nil where the container is to be started cold instead; the
@@ -48,7 +50,7 @@ func (s *service) createRestored(ctx context.Context, c *container, rawID string
 	id = claim.ID() // that of a template may be a newer one
 	p := &pendingRestore{claim: claim, begun: start}
 	p.phase("claim", time.Since(start))
-	if err := s.prepareRestore(ctx, st, c, p); err != nil {
+	if err := s.prepareRestore(ctx, c, p); err != nil {
 		return nil, s.refuse(ctx, c, id, p, err)
 	}
 	resp, err := s.createFrom(ctx, c, p)
@@ -72,7 +74,7 @@ func (s *service) createFrom(ctx context.Context, c *container, p *pendingRestor
 
 // prepareRestore checks the claimed checkpoint against the container and lays
 // out what CRIU expects to find. What it did is undone by cleanRestore.
-func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *container, p *pendingRestore) error {
+func (s *service) prepareRestore(ctx context.Context, c *container, p *pendingRestore) error {
 	begin := time.Now()
 	facts, err := s.hostFacts(ctx)
 	if err != nil {
@@ -92,11 +94,10 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	p.fresh = true
 	m := p.claim.Manifest()
 	// The images of this restore are links to the claimed ones, except for the
-	// few that are rewritten: the checkpoint stays as it was verified. They lie
-	// in a stage, so that the daemon sweeps them if this shim dies.
-	if p.stage, err = st.Stage(ctx, m.ID); err != nil {
-		return err
-	}
+	// few that are rewritten: the checkpoint stays as it was verified. They lie in the
+	// bundle, which containerd removes if this shim dies, and on tmpfs, where a hundred
+	// links take a millisecond and not ten.
+	p.images = filepath.Join(c.bundle, imagesDir)
 	r := restore.Request{
 		Dir:      p.claim.Dir(),
 		Manifest: m,
@@ -114,7 +115,7 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		Host:        facts,
 		SwapBytes:   swapBytes(),
 		CanMerge:    criu.CanMerge(),
-		ImageDir:    filepath.Join(p.stage.Dir(), "restore"),
+		ImageDir:    p.images,
 		TmpfsDir:    filepath.Join(c.bundle, tmpfsDir),
 	}
 	if m.Template != "" && c.settings.Merge && !r.CanMerge {
@@ -133,8 +134,6 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 		if err := s.mapMemory(c, p); err != nil {
 			p.unmapped = err.Error()
 			log.G(ctx).WithError(err).Warn("memory is not mapped")
-		} else {
-			go s.prefetch(ctx, p) // within prefetchTimeout
 		}
 	}
 	p.unverified = p.eager == "" && m.Template != ""
@@ -151,8 +150,11 @@ func (s *service) prepareRestore(ctx context.Context, st *store.Store, c *contai
 	if err != nil {
 		return err
 	}
-	if p.mapped != nil && !p.checked {
-		s.noteChecked(ctx, c, p.record)
+	if p.mapped != nil {
+		if !p.checked {
+			s.noteChecked(ctx, c, p.record)
+		}
+		go s.prefetch(ctx, p) // within prefetchTimeout; what has been read until now did not wait for it
 	}
 	p.phase("verify", p.plan.VerifyWait)
 	p.phase("prepare", time.Since(begin)-p.plan.VerifyWait)
@@ -255,10 +257,15 @@ func (s *service) cleanRestore(ctx context.Context, c *container, p *pendingRest
 		// runc adds mount points to the root file system before it restores.
 		errs = append(errs, emptyDir(c.upper), emptyDir(c.work))
 	}
-	if p.stage != nil {
-		errs = append(errs, p.stage.Abort())
+	return errors.Join(append(errs, p.removeImages())...)
+}
+
+// removeImages removes what was laid out for CRIU.
+func (p *pendingRestore) removeImages() error {
+	if p.images == "" {
+		return nil // nothing was
 	}
-	return errors.Join(errs...)
+	return os.RemoveAll(p.images)
 }
 
 // emptyDir removes what is in the directory. The overlay's work directory may
@@ -456,7 +463,7 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 			}
 			s.unmark(ctx, p)
 		}
-		if err := errors.Join(c.writeCRIUConfig(s.dumpOptions(c)), p.stage.Abort()); err != nil {
+		if err := errors.Join(c.writeCRIUConfig(s.dumpOptions(c)), p.removeImages()); err != nil {
 			log.G(ctx).WithError(err).Error("clean up after restore")
 		}
 		return resp, nil

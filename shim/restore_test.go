@@ -94,14 +94,15 @@ func pending(t *testing.T) (*service, *restoringInner, *container, *store.Store)
 		t.Fatal(err)
 	}
 	c := newContainer("c")
-	c.bundle, c.upper, c.work = t.TempDir(), t.TempDir(), t.TempDir()
+	c.bundle, c.upper, c.work = filepath.Join(filepath.Dir(s.config.Root), "bundle"), t.TempDir(), t.TempDir()
 	c.optedIn, c.identity = true, identity
 	c.request = &taskAPI.CreateTaskRequest{ID: "c", Bundle: c.bundle}
 	p := &pendingRestore{begun: time.Now(), fresh: true, plan: &restore.Plan{}}
 	if p.claim, err = st.Claim(t.Context(), m.ID, "c"); err != nil {
 		t.Fatal(err)
 	}
-	if p.stage, err = st.Stage(t.Context(), m.ID); err != nil {
+	p.images = filepath.Join(c.bundle, imagesDir)
+	if err := os.MkdirAll(p.images, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	c.restore = p
@@ -116,8 +117,10 @@ func stateOf(t *testing.T, st *store.Store) store.State {
 	if err != nil || len(records) > 1 {
 		t.Fatalf("%v, %v", records, err)
 	}
-	if stages, _ := filepath.Glob(filepath.Join(st.Root(), ".stage-*")); len(stages) > 0 {
-		t.Errorf("stages are left: %v", stages)
+	for _, pattern := range []string{".stage-*", "../bundle/" + imagesDir} {
+		if left, _ := filepath.Glob(filepath.Join(st.Root(), pattern)); len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
 	}
 	if len(records) == 0 {
 		return ""
@@ -321,7 +324,7 @@ func TestNotTheCheckpointsFault(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, i, c, st := pending(t)
-			if err := errors.Join(c.restore.claim.Release(t.Context()), c.restore.stage.Abort()); err != nil {
+			if err := errors.Join(c.restore.claim.Release(t.Context()), c.restore.removeImages()); err != nil {
 				t.Fatal(err)
 			}
 			if tc.facts != "" {

@@ -37,8 +37,9 @@ const (
 // it. Nothing is copied before a page is written to, and what nobody writes to is
 // there once, in the page cache, for all that were restored from it.
 //
-// It differs from anonymous memory in one thing that programs may notice:
-// madvise(MADV_DONTNEED) brings back what was in the image, not zeroes. HotSpot and
+// It differs from what was dumped in one thing that programs may notice:
+// madvise(MADV_DONTNEED) brings back what was in the image, not zeroes, or, where a
+// file was mapped, not what is in that. HotSpot and
 // the allocators of glibc and musl do not rely on zeroes there: memory that is given
 // back HotSpot maps anew (os_linux.cpp, pd_commit_memory and pd_uncommit_memory), and
 // calloc clears all that was ever in use (malloc.c, __libc_calloc: mprotect_size).
@@ -65,31 +66,26 @@ type MappedFile struct {
 
 // mappedTask is a process of which runs are mapped.
 type mappedTask struct {
-	pid      uint32
-	mm       *mm.MmEntry
-	runs     []LazyRun
-	pages    *os.File
-	pagesID  uint32
-	fileID   uint32
-	key      string
-	segments int
+	pid     uint32
+	mm      *mm.MmEntry
+	runs    []mappedRun // sorted by address
+	pages   *os.File
+	pagesID uint32
+	fileID  uint32
+	key     string
+}
+
+// mappedRun is memory within one mapping whose content lies in one piece in the file
+// of pages.
+type mappedRun struct {
+	addr, size uint64
+	off        uint64
 }
 
 // OpenMappedMemory reads from the images what can be mapped. An error that matches
 // [errdefs.ErrNotImplemented] says why nothing can be, though the images are whole.
 // The directory must hold the images themselves, see [OpenLazyMemory].
 func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
-	lazy, err := OpenLazyMemory(imageDir)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		for _, t := range lazy.Tasks { // what no task of the mapping took
-			if t.Pages != nil {
-				t.Pages.Close()
-			}
-		}
-	}()
 	d, err := openImages(imageDir)
 	if err != nil {
 		return nil, err
@@ -100,6 +96,10 @@ func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
 			m.Close()
 		}
 	}()
+	tasks, err := d.tasks()
+	if err != nil {
+		return nil, err
+	}
 	files, err := d.files()
 	if err != nil {
 		return nil, err
@@ -111,39 +111,109 @@ func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
 			return nil, fmt.Errorf("a file is called %s: %w", files.byID[id].path, errdefs.ErrNotImplemented)
 		}
 	}
-	why := error(nil)
-	for i := range lazy.Tasks {
-		l := &lazy.Tasks[i]
-		if l.Zombie || len(l.Runs) == 0 {
+	var why error
+	for _, task := range tasks {
+		if task.zombie() {
 			continue
 		}
-		name := fmt.Sprintf("mm-%d.img", l.PID)
-		e := new(mm.MmEntry)
-		if err := d.one(e, name, magicCommon, magicMM); err != nil {
+		t := mappedTask{pid: task.pid, mm: new(mm.MmEntry), key: fmt.Sprint(mappedKey, task.pid)}
+		if err := d.one(t.mm, fmt.Sprintf("mm-%d.img", t.pid), magicCommon, magicMM); err != nil {
 			return nil, err
 		}
-		if err := runsHotSpot(e, files); err != nil {
-			why = errors.Join(why, fmt.Errorf("process %d: %w", l.PID, err))
+		if err := runsHotSpot(t.mm, files); err != nil {
+			why = errors.Join(why, fmt.Errorf("process %d: %w", t.pid, err))
 			continue
 		}
 		if next >= math.MaxInt32 {
 			return nil, d.corrupt("files.img", "file id %d", next)
 		}
 		next++
-		t := mappedTask{pid: l.PID, mm: e, pages: l.Pages, fileID: next, key: fmt.Sprint(mappedKey, l.PID)}
-		l.Pages = nil
-		m.tasks = append(m.tasks, t)
-		if err := m.collect(&m.tasks[len(m.tasks)-1], l.Runs); err != nil {
+		t.fileID = next
+		if err := d.mappedTask(&t); err != nil {
 			return nil, err
 		}
-	}
-	if m.Bytes == 0 {
-		if why == nil {
-			why = errors.New("it has no memory for that")
+		if len(t.runs) == 0 {
+			why = errors.Join(why, fmt.Errorf("process %d: it has no memory for that", t.pid))
+			continue
 		}
+		m.tasks = append(m.tasks, t)
+		m.Files = append(m.Files, MappedFile{Key: t.key, Name: pagesName(t.pagesID)})
+		m.Segments += len(t.runs)
+		for _, r := range t.runs {
+			m.Bytes += r.size
+		}
+	}
+	if len(m.tasks) == 0 {
 		return nil, fmt.Errorf("%w: %w", why, errdefs.ErrNotImplemented)
 	}
 	return m, nil
+}
+
+func pagesName(id uint32) string { return fmt.Sprintf("pages-%d.img", id) }
+
+// mappedTask finds the runs that are worth a mapping, and opens their pages.
+func (d *images) mappedTask(t *mappedTask) error {
+	vmas, err := d.lazyVMAs(fmt.Sprintf("mm-%d.img", t.pid), t.mm.GetVmas())
+	if err != nil {
+		return err
+	}
+	name := fmt.Sprintf("pagemap-%d.img", t.pid)
+	size, left := uint64(0), 0 // bytes of the content so far; runs that CRIU is to read
+	t.pagesID, err = d.pagemap(name, func(r run) error {
+		if r.flags&pageParent != 0 || r.flags&(pageLazy|pagePresent) == pageLazy {
+			return fmt.Errorf("image %s: pages at %#x are in other images, of an incremental or lazy dump: %w", name, r.addr, errdefs.ErrNotImplemented)
+		}
+		if r.flags&pagePresent == 0 {
+			return nil
+		}
+		off, n := size, r.pages*PageSize
+		if size > maxAddress-n {
+			return d.corrupt(name, "more than %#x bytes", uint64(maxAddress))
+		}
+		size += n
+		for addr, end := r.addr, r.addr+n; addr < end; {
+			for len(vmas) > 0 && vmas[0].GetEnd() <= addr {
+				vmas = vmas[1:]
+			}
+			if len(vmas) == 0 || vmas[0].GetStart() > addr {
+				return d.corrupt(name, "pages at %#x, where nothing is mapped", addr)
+			}
+			part := mappedRun{addr, min(end, vmas[0].GetEnd()) - addr, off + addr - r.addr}
+			if part.size >= minMapped && canBeMapped(vmas[0]) {
+				t.runs = append(t.runs, part)
+			} else {
+				left++
+			}
+			addr += part.size
+		}
+		return nil
+	})
+	if absent(err) || err == nil && len(t.runs) == 0 {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if left == 0 {
+		return d.corrupt(name, "no page of a stack") // CRIU expects a page at least
+	}
+	if n := len(t.mm.GetVmas()) + 2*len(t.runs); n > maxMappedVMAs {
+		return fmt.Errorf("process %d: %d mappings are too many: %w", t.pid, n, errdefs.ErrNotImplemented)
+	}
+	pages := pagesName(t.pagesID)
+	f, have, err := openRegular(d.fd, pages, -1)
+	if absent(err) {
+		return d.corrupt(pages, "absent; %s has %d bytes in it", name, size)
+	}
+	if err != nil {
+		return fmt.Errorf("image: %w", err)
+	}
+	if uint64(have) < size {
+		f.Close()
+		return d.corrupt(pages, "%d bytes, %s has %d in it", have, name, size)
+	}
+	t.pages = f
+	return nil
 }
 
 // Close closes the files of the mapping.
@@ -183,38 +253,15 @@ func runsHotSpot(e *mm.MmEntry, files *fileTable) error {
 	return nil
 }
 
-// collect takes the runs that are worth a mapping.
-func (m *MappedMemory) collect(t *mappedTask, runs []LazyRun) error {
-	vmas, i := t.mm.GetVmas(), 0
-	for _, r := range runs {
-		for i < len(vmas) && vmas[i].GetEnd() <= r.Addr {
-			i++
-		}
-		if r.Size < minMapped || i == len(vmas) || !canBeMapped(vmas[i]) {
-			continue
-		}
-		t.runs = append(t.runs, r)
-		m.Bytes += r.Size
-		m.Segments++
-	}
-	if n := len(vmas) + 2*len(t.runs); n > maxMappedVMAs {
-		return fmt.Errorf("process %d: %d mappings are too many: %w", t.pid, n, errdefs.ErrNotImplemented)
-	}
-	if len(t.runs) > 0 {
-		name := fmt.Sprintf("pagemap-%d.img", t.pid)
-		var err error
-		if t.pagesID, err = m.dir.pagemap(name, func(run) error { return nil }); err != nil {
-			return err
-		}
-		m.Files = append(m.Files, MappedFile{Key: t.key, Name: fmt.Sprintf("pages-%d.img", t.pagesID)})
-	}
-	return nil
-}
-
-// canBeMapped leaves out stacks, which grow, and what a file has none of.
+// canBeMapped tells whether runs of a mapping may be mapped: those of private memory,
+// and what was written to of private files, as the virtual machine does to its archive
+// of classes. Left out are stacks, which grow, and what a file cannot have.
 func canBeMapped(v *vma.VmaEntry) bool {
-	return canBeLazy(v) && v.GetStatus()&(vmaStack|vmaGuard|vmaAIO) == 0 &&
-		v.GetFlags()&(unix.MAP_GROWSDOWN|mapDroppable) == 0 && v.GetMadv()&(1<<unix.MADV_WIPEONFORK) == 0
+	if v.GetFlags()&(unix.MAP_GROWSDOWN|mapDroppable|unix.MAP_LOCKED|unix.MAP_HUGETLB) != 0 || v.GetMadv()&(1<<unix.MADV_WIPEONFORK) != 0 {
+		return false
+	}
+	const regular = 1 << 0
+	return v.GetStatus() == regular|vmaFilePrivate || canBeLazy(v) && v.GetStatus()&(vmaStack|vmaGuard|vmaAIO) == 0
 }
 
 // Write lays out the restore in dir, the view of the image directory that
@@ -241,9 +288,6 @@ func (m *MappedMemory) Write(dir string, merge bool) error {
 	}
 	for i := range m.tasks {
 		t := &m.tasks[i]
-		if len(t.runs) == 0 {
-			continue
-		}
 		entries = append(entries, &fdinfo.FileEntry{
 			Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(t.fileID),
 			Reg: &regfile.RegFileEntry{
@@ -270,14 +314,17 @@ func (t *mappedTask) write(d, view *images, merge bool) error {
 	return t.writePages(d, view)
 }
 
-// split makes mappings of the file where there are runs. What lies between them is
-// anonymous as before, so that it reads as zeroes.
+// split makes mappings of the file of pages where there are runs. What lies between
+// them is as before: anonymous memory, which reads as zeroes, or a file.
 func (t *mappedTask) split() []*vma.VmaEntry {
 	out := make([]*vma.VmaEntry, 0, len(t.mm.GetVmas())+2*len(t.runs))
 	runs := t.runs
 	for _, v := range t.mm.GetVmas() {
 		part := func(start, end uint64) *vma.VmaEntry {
 			p := proto.CloneOf(v)
+			if isFile(v) {
+				p.Pgoff = proto.Uint64(v.GetPgoff() + start - v.GetStart())
+			}
 			p.Start, p.End = &start, &end
 			out = append(out, p)
 			return p
@@ -287,15 +334,15 @@ func (t *mappedTask) split() []*vma.VmaEntry {
 			continue
 		}
 		at := v.GetStart()
-		for len(runs) > 0 && runs[0].Addr < v.GetEnd() {
+		for len(runs) > 0 && runs[0].addr < v.GetEnd() {
 			r := runs[0]
 			runs = runs[1:]
-			if at < r.Addr {
-				part(at, r.Addr)
+			if at < r.addr {
+				part(at, r.addr)
 			}
-			at = r.Addr + r.Size
-			p := part(r.Addr, at)
-			p.Pgoff = proto.Uint64(uint64(r.Off))
+			at = r.addr + r.size
+			p := part(r.addr, at)
+			p.Pgoff = proto.Uint64(r.off)
 			p.Shmid = proto.Uint64(uint64(t.fileID))
 			p.Flags = proto.Uint32(v.GetFlags() &^ unix.MAP_ANONYMOUS)
 			p.Status = proto.Uint32(v.GetStatus()&^(vmaAnonPrivate) | vmaFilePrivate)
@@ -310,7 +357,7 @@ func (t *mappedTask) split() []*vma.VmaEntry {
 
 // writePages writes the pagemap and the pages of what is not mapped.
 func (t *mappedTask) writePages(d, view *images) (err error) {
-	pages := fmt.Sprintf("pages-%d.img", t.pagesID)
+	pages := pagesName(t.pagesID)
 	if err := unix.Unlinkat(view.fd, pages, 0); err != nil {
 		return &os.PathError{Op: "unlink", Path: pages, Err: err}
 	}
@@ -323,45 +370,42 @@ func (t *mappedTask) writePages(d, view *images) (err error) {
 	name := fmt.Sprintf("pagemap-%d.img", t.pid)
 	entries := []proto.Message{&pagemap.PagemapHead{PagesId: &t.pagesID}}
 	buf := make([]byte, 256<<10)
-	add := func(addr, size uint64, flags uint32, off int64) error {
+	add := func(addr, size uint64, flags uint32, off uint64) error {
 		entries = append(entries, pagemapEntry(addr, size/PageSize, flags))
 		if flags&pagePresent == 0 {
 			return nil
 		}
-		n, err := io.CopyBuffer(out, onlyReader{io.NewSectionReader(t.pages, off, int64(size))}, buf)
+		n, err := io.CopyBuffer(out, onlyReader{io.NewSectionReader(t.pages, int64(off), int64(size))}, buf)
 		if err == nil && uint64(n) != size {
 			err = io.ErrUnexpectedEOF
 		}
 		return err
 	}
-	runs, off := t.runs, int64(0)
+	runs, off := t.runs, uint64(0)
 	_, err = d.pagemap(name, func(r run) error {
 		size := r.pages * PageSize
 		for addr, end := r.addr, r.addr+size; addr < end; {
 			to := end
-			if len(runs) > 0 && runs[0].Addr < end {
-				to = runs[0].Addr
+			if len(runs) > 0 && runs[0].addr < end {
+				to = runs[0].addr
 			}
 			if addr < to {
-				if err := add(addr, to-addr, r.flags, off+int64(addr-r.addr)); err != nil {
+				if err := add(addr, to-addr, r.flags, off+addr-r.addr); err != nil {
 					return err
 				}
 			}
 			if addr = to; addr < end {
-				addr += runs[0].Size
+				addr += runs[0].size
 				runs = runs[1:]
 			}
 		}
 		if r.flags&pagePresent != 0 {
-			off += int64(size)
+			off += size
 		}
 		return nil
 	})
 	if err != nil {
 		return err
-	}
-	if len(entries) == 1 {
-		return d.corrupt(name, "no page of a stack") // CRIU expects a page at least
 	}
 	return view.replace(name, magicPagemap, entries...)
 }

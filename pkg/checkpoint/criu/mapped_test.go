@@ -229,7 +229,7 @@ func TestMappedMemoryRefused(t *testing.T) {
 			if v.GetStart() == large {
 				v.Flags = proto.Uint32(v.GetFlags() | unix.MAP_LOCKED)
 			}
-		}), checkpoint.ErrCorrupt, ""}, // CRIU marks no page of it as lazy
+		}), errdefs.ErrNotImplemented, "no memory for that"},
 		"grows down": {editMM(func(v *vma.VmaEntry) {
 			if v.GetStart() == large {
 				v.Flags = proto.Uint32(v.GetFlags() | unix.MAP_GROWSDOWN)
