@@ -152,7 +152,7 @@ func (s *service) prepareRestore(ctx context.Context, c *container, p *pendingRe
 	}
 	if p.mapped != nil {
 		if !p.checked {
-			s.noteChecked(ctx, c, p.record)
+			s.noteChecked(ctx, p.claim, p.record)
 		}
 		go s.prefetch(ctx, p) // within prefetchTimeout; what has been read until now did not wait for it
 	}

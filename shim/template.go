@@ -63,6 +63,7 @@ func (s *service) snapshot(ctx context.Context, id, template string) (control.Re
 			log.G(life).WithError(err).Error("options of the next dump")
 		}
 		if job.err == nil {
+			s.noteTemplate(life, c, template, job.result.CheckpointID)
 			s.pruneTemplates(life)
 		}
 	}()

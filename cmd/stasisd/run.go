@@ -78,7 +78,7 @@ Under systemd it reports readiness and answers the watchdog.`,
 	f.StringVar(&c.KubeletUnit, "kubelet-unit", "kubelet.service", "systemd unit of the kubelet, which is stopped before the containers are dumped at a shutdown")
 	f.StringVar(&c.ContainerdState, "containerd-state", "/run/containerd", "containerd's state directory")
 	f.StringVar(&c.MetricsAddress, "metrics-address", "", "TCP address to serve /metrics and /healthz on; empty for none")
-	f.StringVar(&memory, "memory", string(checkpoint.MemoryLazy), "lazy: restored containers of 32 MiB and more run while their memory is filled; eager: afterwards; annotation "+checkpoint.AnnotationMemory+" overrides it")
+	f.StringVar(&memory, "memory", string(checkpoint.MemoryLazy), "lazy: restored containers of 32 MiB and more run while their memory is filled; eager: afterwards; mapped: clones of Java virtual machines share the memory of their template, all else is lazy; annotation "+checkpoint.AnnotationMemory+" overrides it")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
 	cmd.SetArgs(args)

@@ -199,11 +199,17 @@ func TestMappedDamage(t *testing.T) {
 	removeTemplate(t, name)
 	command := warm(48, 0, "-XX:+UseSerialGC", "-Xmx160m")
 	source, src := warmTemplate(t, n, name, command)
-	first := mappedClone(t, n, name, src, command, false)
-	mappedClone(t, n, name, src, command, false).p.remove()
 	record, err := os.ReadFile("/run/stasis/checked/default." + name)
 	if err != nil || !bytes.Contains(record, []byte("pages-1.img")) {
-		t.Errorf("record %s, %v", record, err)
+		t.Errorf("record of what was made: %s, %v", record, err)
+	}
+	mappedClone(t, n, name, src, command, false).p.remove()
+	if err := os.Remove("/run/stasis/checked/default." + name); err != nil { // as after a boot
+		t.Fatal(err)
+	}
+	first := mappedClone(t, n, name, src, command, false)
+	if again, err := os.ReadFile("/run/stasis/checked/default." + name); err != nil || !bytes.Equal(again, record) {
+		t.Errorf("record of what a clone has checked: %s, %v, was %s", again, err, record)
 	}
 	first.p.remove() // it has the file mapped that is damaged
 	source.remove()

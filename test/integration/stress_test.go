@@ -36,6 +36,9 @@ var stress = func() (s struct{ sequence, rounds, atOnce, kills, removals, collec
 	return s
 }()
 
+// memories are the ways in which a clone gets the template's memory, in turn.
+var memories = []checkpoint.Memory{checkpoint.MemoryLazy, checkpoint.MemoryMapped}
+
 // warm is the command of a JVM with the class Warm of the image java, which see.
 func warm(megabytes, threads int, flags ...string) []string {
 	command := append([]string{"/opt/java/bin/java", "-XX:TieredStopAtLevel=1"}, flags...)
@@ -274,12 +277,15 @@ func TestCloneStress(t *testing.T) {
 	command := warm(8, 0, "-XX:+UseSerialGC", "-Xmx32m")
 	source, src := warmTemplate(t, n, name, command)
 
-	// clones starts as many at a time, while meddle, which gets the pods, meddles.
+	// clones starts as many at a time, while meddle, which gets the pods, meddles. The
+	// memory of each other one is mapped.
+	started := 0
 	clones := func(t *testing.T, count int, meddle func([]*pod)) (fromTemplate int, failed []*pod) {
 		n := newNode(t)
 		pods := make([]*pod, count)
 		for i := range pods {
-			pods[i] = clonePod(n, name)
+			pods[i] = clonePod(n, name, checkpoint.AnnotationMemory, string(memories[started%len(memories)]))
+			started++
 		}
 		errs := make([]error, count)
 		var wg sync.WaitGroup
@@ -460,14 +466,18 @@ func TestCloneGC(t *testing.T) {
 			command := warm(48, tc.threads, append(tc.flags, "-Xmx160m")...)
 			source, src := warmTemplate(t, n, name, command)
 			pods := []*pod{source}
-			for range 2 * stress.collected {
-				p := clonePod(n, name)
+			for i := range 2 * stress.collected {
+				memory := memories[i%len(memories)]
+				p := clonePod(n, name, checkpoint.AnnotationMemory, string(memory))
 				pods = append(pods, p)
 				if _, err := p.clone(command); err != nil {
 					t.Fatal(err)
 				}
 				if warm, err := p.checkClone(src, true); err != nil || !warm {
 					t.Errorf("from the template: %v, %v; events %+v", warm, err, events(t, p.config.Metadata.Uid))
+				}
+				if memory == checkpoint.MemoryMapped {
+					p.wantOutcome(event.Restored, "", "of memory are mapped from it")
 				}
 				p.wantThreads(tc.threads)
 			}

@@ -82,6 +82,8 @@ type mappedRun struct {
 	off        uint64
 }
 
+func (r mappedRun) end() uint64 { return r.addr + r.size }
+
 // OpenMappedMemory reads from the images what can be mapped. An error that matches
 // [errdefs.ErrNotImplemented] says why nothing can be, though the images are whole.
 // The directory must hold the images themselves, see [OpenLazyMemory].
@@ -179,9 +181,14 @@ func (d *images) mappedTask(t *mappedTask) error {
 				return d.corrupt(name, "pages at %#x, where nothing is mapped", addr)
 			}
 			part := mappedRun{addr, min(end, vmas[0].GetEnd()) - addr, off + addr - r.addr}
-			if part.size >= minMapped && canBeMapped(vmas[0]) {
+			switch last := len(t.runs) - 1; {
+			case !canBeMapped(vmas[0]):
+				left++
+			case last >= 0 && part.addr > vmas[0].GetStart() && t.runs[last].end() == part.addr && t.runs[last].off+t.runs[last].size == part.off:
+				t.runs[last].size += part.size // a run of CRIU's is no larger than a pipe of its dump
+			case part.size >= minMapped:
 				t.runs = append(t.runs, part)
-			} else {
+			default:
 				left++
 			}
 			addr += part.size
@@ -340,7 +347,7 @@ func (t *mappedTask) split() []*vma.VmaEntry {
 			if at < r.addr {
 				part(at, r.addr)
 			}
-			at = r.addr + r.size
+			at = r.end()
 			p := part(r.addr, at)
 			p.Pgoff = proto.Uint64(r.off)
 			p.Shmid = proto.Uint64(uint64(t.fileID))
@@ -385,19 +392,22 @@ func (t *mappedTask) writePages(d, view *images) (err error) {
 	_, err = d.pagemap(name, func(r run) error {
 		size := r.pages * PageSize
 		for addr, end := r.addr, r.addr+size; addr < end; {
-			to := end
-			if len(runs) > 0 && runs[0].addr < end {
-				to = runs[0].addr
-			}
-			if addr < to {
-				if err := add(addr, to-addr, r.flags, off+addr-r.addr); err != nil {
-					return err
-				}
-			}
-			if addr = to; addr < end {
-				addr += runs[0].size
+			for len(runs) > 0 && runs[0].end() <= addr {
 				runs = runs[1:]
 			}
+			to := end // of what is left here, or of what is mapped
+			switch {
+			case len(runs) == 0 || runs[0].addr >= end:
+			case runs[0].addr > addr:
+				to = runs[0].addr
+			default:
+				addr = runs[0].end()
+				continue
+			}
+			if err := add(addr, to-addr, r.flags, off+addr-r.addr); err != nil {
+				return err
+			}
+			addr = to
 		}
 		if r.flags&pagePresent != 0 {
 			off += size

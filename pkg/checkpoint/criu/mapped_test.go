@@ -13,6 +13,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mm"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/pagemap"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -138,7 +139,38 @@ func covered(t *testing.T, dir string, pid uint32) (out []string) {
 // page, though the large runs are mapped from the original; where nothing was, there
 // is nothing of a file.
 func TestMappedMemory(t *testing.T) {
-	images := jvmImages(t)
+	for name, images := range map[string]string{"as it is": jvmImages(t), "in pieces": inPieces(t, jvmImages(t))} {
+		t.Run(name, func(t *testing.T) { testMappedMemory(t, images) })
+	}
+}
+
+// inPieces divides the runs of 64 KiB, as CRIU does with large ones.
+func inPieces(t *testing.T, images string) string {
+	d, err := openImages(images)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	for _, pid := range []int{1, 7} {
+		name := fmt.Sprintf("pagemap-%d.img", pid)
+		var entries []proto.Message
+		id, err := d.pagemap(name, func(r run) error {
+			if r.pages == 16 {
+				entries = append(entries, pagemapEntry(r.addr, 5, r.flags), pagemapEntry(r.addr+5*PageSize, 1, r.flags))
+				r.addr, r.pages = r.addr+6*PageSize, 10
+			}
+			entries = append(entries, pagemapEntry(r.addr, r.pages, r.flags))
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(images, name), encode(t, magicPagemap, append([]proto.Message{&pagemap.PagemapHead{PagesId: &id}}, entries...)...))
+	}
+	return images
+}
+
+func testMappedMemory(t *testing.T, images string) {
 	m, err := OpenMappedMemory(images)
 	if err != nil {
 		t.Fatal(err)
