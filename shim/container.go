@@ -81,6 +81,7 @@ type claim interface {
 type pendingRestore struct {
 	claim   claim
 	images  string // the directory with the images as this restore needs them; empty before there is one
+	request restore.Request
 	plan    *restore.Plan
 	eager   string          // why CRIU reads the memory itself, "" where a pager may fill it
 	start   *lazyStart      // of the pager, until it begins

@@ -474,6 +474,7 @@ func HoldMemory() bool {
 		return false
 	}
 	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGPIPE)
+	_ = unix.CloseRange(firstInherited, 1<<32-1, 0) // that another container's CRIU is to have
 	f := os.NewFile(3, "shim")
 	conn, err := net.FileConn(f)
 	f.Close()

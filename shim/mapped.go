@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
@@ -31,6 +32,8 @@ import (
 const (
 	// eagerMapped is why there is no pager for memory that is mapped.
 	eagerMapped = "mapped"
+	// eagerUnmapped is why there is none where a restore with mapped memory failed.
+	eagerUnmapped = "it could not be mapped"
 	// firstInherited is the least number of a descriptor that CRIU inherits: beyond
 	// what runc and CRIU open themselves before they look at it.
 	firstInherited = 512
@@ -39,6 +42,8 @@ const (
 	prefetchDelay = time.Second
 	// prefetchBytes are asked for at a time, of what is not in the page cache.
 	prefetchBytes = 4 << 20
+	// readAhead is what the kernel reads at once of what it is told to read, at least.
+	readAhead = 128 << 10
 	// prefetchTimeout bounds the reading ahead; what is missing then is read when it
 	// is asked for.
 	prefetchTimeout = 5 * time.Minute
@@ -54,9 +59,17 @@ func (s *service) mapMemory(c *container, p *pendingRestore) error {
 		return fmt.Errorf("its policy is %s, and what is mapped cannot be dumped", c.settings.Policy)
 	case restore.HasUserNamespace(c.spec):
 		return errors.New("it has a user namespace")
+	case confined(c.spec):
+		// The kernel asks it for a file that is mapped, at each mprotect, too.
+		return errors.New("its SELinux label or AppArmor profile may forbid a file of the node")
 	case m.ResidentBytes() < minLazyBytes:
 		return fmt.Errorf("its template has no more than %d MiB of memory", m.ResidentBytes()>>20)
 	}
+	tree, err := sealedTree(p.claim.Dir()) // Linux 5.12
+	if err != nil {
+		return err
+	}
+	unix.Close(tree)
 	mapped, err := criu.OpenMappedMemory(filepath.Join(p.claim.Dir(), checkpoint.ImageDir))
 	if err != nil {
 		return err // what is damaged is found so by those who read it next
@@ -64,6 +77,19 @@ func (s *service) mapMemory(c *container, p *pendingRestore) error {
 	p.mapped, p.eager = mapped, eagerMapped
 	p.record, p.checked = s.checkedBefore(p.claim)
 	return nil
+}
+
+// confined tells whether a security module has rules of its own for the container.
+// containerd's default profile allows files that are no longer reached by a name.
+func confined(spec *specs.Spec) bool {
+	if spec.Process == nil {
+		return false
+	}
+	switch spec.Process.ApparmorProfile {
+	case "", "unconfined", "cri-containerd.apparmor.d":
+		return spec.Process.SelinuxLabel != ""
+	}
+	return true
 }
 
 // giveMemory opens what is to be mapped, for CRIU to inherit, and tells CRIU of it.
@@ -144,8 +170,8 @@ func openInherited(dir int, name string) (int, error) {
 	return inherited, nil
 }
 
-// checkedFile is a file as it was when its checksums were compared. No change of its
-// content leaves all of this as it was.
+// checkedFile is a file as it was when its checksums were compared. Whoever writes to it
+// changes some of this; what a disk gives back later is not noticed.
 type checkedFile struct {
 	Path  string `json:"path"`
 	Dev   uint64 `json:"dev"`
@@ -254,7 +280,8 @@ func replaceFile(name string, data []byte) error {
 	return err
 }
 
-// prefetch reads what is to be mapped into the page cache, as far as it is not there.
+// prefetch reads what is mapped into the page cache, as far as it is not there. The
+// files are there for as long as the template is.
 func (s *service) prefetch(ctx context.Context, p *pendingRestore) {
 	ctx, cancel := context.WithTimeout(log.WithLogger(s.ctx, log.G(ctx)), prefetchTimeout)
 	defer cancel()
@@ -294,8 +321,10 @@ func prefetchFile(ctx context.Context, name string) error {
 		if err == nil && stat.Cache*uint64(os.Getpagesize()) >= uint64(end-off) {
 			continue
 		}
-		if err := unix.Fadvise(int(f.Fd()), off, end-off, unix.FADV_WILLNEED); err != nil {
-			return err
+		for at := off; at < end; at += readAhead {
+			if err := unix.Fadvise(int(f.Fd()), at, min(readAhead, end-at), unix.FADV_WILLNEED); err != nil {
+				return err
+			}
 		}
 		if last >= 0 { // waits until it is there
 			if _, err := f.ReadAt(make([]byte, 1), last); err != nil {
@@ -304,6 +333,23 @@ func prefetchFile(ctx context.Context, name string) error {
 		}
 		last = end - 1
 	}
+	return nil
+}
+
+// unmap lays out a restore whose memory could not be mapped once more, for CRIU to
+// read it.
+func (p *pendingRestore) unmap(ctx context.Context, cause error) error {
+	p.unmapped = fmt.Sprintf("a restore with mapped memory failed: %v", cause)
+	log.G(ctx).WithField("reason", p.unmapped).Warn("restore without mapped memory")
+	p.mapped, p.request.Mapped, p.eager = nil, nil, eagerUnmapped
+	if err := p.removeImages(); err != nil {
+		return err
+	}
+	plan, err := restore.Prepare(ctx, p.request)
+	if err != nil {
+		return err
+	}
+	p.plan = plan
 	return nil
 }
 

@@ -141,6 +141,7 @@ func (s *service) prepareRestore(ctx context.Context, c *container, p *pendingRe
 		s.startLazy(ctx, c, p)
 	}
 	r.Mapped = p.mapped
+	p.request = r
 	p.plan, err = restore.Prepare(ctx, r)
 	if p.mapped != nil {
 		if cerr := p.mapped.Close(); cerr != nil {
@@ -150,11 +151,8 @@ func (s *service) prepareRestore(ctx context.Context, c *container, p *pendingRe
 	if err != nil {
 		return err
 	}
-	if p.mapped != nil {
-		if !p.checked {
-			s.noteChecked(ctx, p.claim, p.record)
-		}
-		go s.prefetch(ctx, p) // within prefetchTimeout; what has been read until now did not wait for it
+	if p.mapped != nil && !p.checked {
+		s.noteChecked(ctx, p.claim, p.record)
 	}
 	p.phase("verify", p.plan.VerifyWait)
 	p.phase("prepare", time.Since(begin)-p.plan.VerifyWait)
@@ -395,21 +393,29 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	if lazy == nil {
 		err = p.verifyAll(ctx)
 	}
+	release := func() {} // what CRIU inherits
+	if err == nil && p.mapped != nil {
+		release, err = c.giveMemory(p)
+	}
 	if begin = time.Now(); err == nil {
 		err = c.mountTmpfs(p.plan)
 		p.phase("tmpfs", time.Since(begin))
 	}
-	if begin = time.Now(); err == nil && p.mapped != nil {
-		var release func()
-		if release, err = c.giveMemory(p); err == nil {
-			defer release()
-		}
-	}
-	if err == nil {
+	if begin = time.Now(); err == nil {
 		resp, err = s.startInner(ctx, c, r)
 	}
+	release()
 	var end func() // of an exchange
-	if err != nil && lazy != nil && !lazy.ran() && ctx.Err() == nil {
+	if err != nil && p.mapped != nil && ctx.Err() == nil && !c.restoredByCRIU() {
+		p.phase("runc", time.Since(begin))
+		begin = time.Now()
+		if uerr := p.unmap(ctx, err); uerr != nil {
+			err = errors.Join(err, uerr)
+		} else {
+			resp, end, err = s.restoreEagerly(ctx, c, p, r)
+		}
+		p.phase("eager", time.Since(begin))
+	} else if err != nil && lazy != nil && !lazy.ran() && ctx.Err() == nil {
 		p.eager = fmt.Sprintf("a restore with a pager failed: %v", err)
 		log.G(ctx).WithField("reason", p.eager).Warn("restore without a pager")
 		p.phase("runc", time.Since(begin))
@@ -458,6 +464,9 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 				s.follow(ctx, c, lazy) // ends when memory is full or the container is dead
 			}()
 		} else {
+			if p.mapped != nil {
+				go s.prefetch(ctx, p) // ends within prefetchTimeout, or with the shim
+			}
 			if err := p.claim.Consume(ctx); err != nil {
 				log.G(ctx).WithError(err).Error("consume checkpoint")
 			}
@@ -538,6 +547,16 @@ func (s *service) startInner(ctx context.Context, c *container, r *taskAPI.Start
 	return nil, fmt.Errorf("%w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
 }
 
+// restoredByCRIU tells whether CRIU was through with the restore, so that tasks may
+// have run, though runc then failed.
+func (c *container) restoredByCRIU() bool {
+	work, err := filepath.EvalSymlinks(filepath.Join(c.bundle, "work"))
+	if err == nil {
+		_, err = criu.ReadRestoreTime(work)
+	}
+	return err == nil
+}
+
 // phaseRunc splits what runc took for a restore by what CRIU says of it.
 func (p *pendingRestore) phaseRunc(ctx context.Context, c *container, took time.Duration) {
 	// containerd makes it a link to a directory that outlives the bundle.
@@ -569,7 +588,7 @@ func (p *pendingRestore) restoredReason() string {
 	switch p.eager {
 	case eagerMapped:
 		parts = append(parts, fmt.Sprintf("%d MiB of memory are mapped from it", p.mapped.Bytes>>20))
-	case "", eagerChosen, eagerSmall:
+	case "", eagerChosen, eagerSmall, eagerUnmapped:
 	default:
 		parts = append(parts, "memory was read before the start: "+p.eager)
 	}

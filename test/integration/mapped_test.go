@@ -2,11 +2,13 @@ package integration
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -66,7 +68,7 @@ func TestMapped(t *testing.T) {
 	n, name := newNode(t), uniqueKey(t)
 	l := newLeavings(name)
 	removeTemplate(t, name)
-	command := warm(mb, 20, "-XX:+UseSerialGC", "-Xmx160m")
+	command := warm(mb, 20, "-XX:+UseSerialGC", "-Xmx160m", "-Dwarm.block=8")
 	source, src := warmTemplate(t, n, name, command)
 
 	var clones []*ctr
@@ -115,6 +117,12 @@ func TestMapped(t *testing.T) {
 			t.Error(err)
 		}
 	}
+
+	// malloc enlarges a block: it must be moved, for the file ends somewhere.
+	if got, err := clones[3].p.get("grow"); err != nil || got != "grown" {
+		t.Errorf("a block of malloc: %q, %v", got, err)
+	}
+	clones[3].p.wantThreads(20)
 
 	// No dump of it: an error that says why, and it runs on.
 	archive := filepath.Join(t.TempDir(), "checkpoint.tar")
@@ -226,6 +234,51 @@ func TestMappedDamage(t *testing.T) {
 		t.Errorf("it began from a damaged template: %+v, %v", i, err)
 	}
 	wantEvent(t, p.config.Metadata.Uid, event.Quarantined, "corrupt")
+}
+
+// TestMappedFails: where CRIU cannot restore what is mapped it reads the memory, and the
+// event says so.
+func TestMappedFails(t *testing.T) {
+	n, name := newNode(t), uniqueKey(t)
+	removeTemplate(t, name)
+	command := warm(48, 0, "-XX:+UseSerialGC", "-Xmx160m")
+	source, src := warmTemplate(t, n, name, command)
+	source.remove()
+	p := clonePod(n, name, checkpoint.AnnotationMemory, "mapped")
+	c, err := p.tryCreate("c", "java", command)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What was written for the mapped restore is taken away before CRIU reads it.
+	taken := make(chan error, 1)
+	go func() {
+		images := filepath.Join("/run/containerd/io.containerd.runtime.v2.task/k8s.io", c.id, "images")
+		for end := time.Now().Add(deadline); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			if fi, err := os.Lstat(filepath.Join(images, "files.img")); err == nil && fi.Mode().IsRegular() {
+				taken <- os.Remove(filepath.Join(images, "mm-1.img"))
+				return
+			}
+		}
+		taken <- errors.New("there was none")
+	}()
+	if err := errors.Join(c.tryStart(), <-taken); err != nil {
+		t.Fatal(err)
+	}
+	if i, err := p.check(true); err != nil || i.id != src.id {
+		t.Fatalf("%+v, %v; events %+v", i, err, events(t, p.config.Metadata.Uid))
+	}
+	p.wantOutcome(event.Restored, "", "memory is not mapped: a restore with mapped memory failed: ")
+	if size, _ := c.mappedBytes(); size != 0 || !c.readByCRIU() {
+		t.Errorf("%d MiB are mapped", size>>20)
+	}
+	archive := filepath.Join(t.TempDir(), "checkpoint.tar")
+	if _, err = n.rt.CheckpointContainer(n.ctx(), &cri.CheckpointContainerRequest{ContainerId: c.id, Location: archive, Timeout: 50}); err != nil {
+		t.Errorf("checkpoint: %v", err)
+	}
+	if left, _ := filepath.Glob("/run/containerd/io.containerd.runtime.v2.task/k8s.io/*/images"); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+	noTmpfsLeft(t)
 }
 
 // TestMappedSealed: a privileged container cannot write to what clones have mapped,

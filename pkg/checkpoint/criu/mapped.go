@@ -28,6 +28,12 @@ const (
 	// maxMappedVMAs bounds the mappings of a process that is restored so. The kernel
 	// allows 65530 (vm.max_map_count), of which the process needs some itself.
 	maxMappedVMAs = 1 << 14
+	// maxLeft bounds the bytes that are left for CRIU to read, for they are copied.
+	maxLeft = 64 << 20
+	// mremapEvery is how far apart pages are left out where malloc may have blocks of
+	// its own, see [MappedMemory]. A block is larger: DEFAULT_MMAP_THRESHOLD_MIN of glibc
+	// and MMAP_THRESHOLD of musl are 128 KiB with the heads of blocks.
+	mremapEvery = 128 << 10
 	// mappedKey begins the names by which CRIU is given files of pages.
 	mappedKey = "stasis-memory-"
 )
@@ -37,14 +43,20 @@ const (
 // it. Nothing is copied before a page is written to, and what nobody writes to is
 // there once, in the page cache, for all that were restored from it.
 //
-// It differs from what was dumped in one thing that programs may notice:
+// It differs from what was dumped in two things that programs may notice.
+//
 // madvise(MADV_DONTNEED) brings back what was in the image, not zeroes, or, where a
 // file was mapped, not what is in that. HotSpot and
 // the allocators of glibc and musl do not rely on zeroes there: memory that is given
 // back HotSpot maps anew (os_linux.cpp, pd_commit_memory and pd_uncommit_memory), and
 // calloc clears all that was ever in use (malloc.c, __libc_calloc: mprotect_size).
-// Other allocators do, jemalloc for one (pages.c, pages_purge_forced). So it is for
-// processes that run HotSpot's libjvm.so and none of these.
+// Other allocators do, jemalloc for one (pages.c, pages_purge_forced), and other virtual
+// machines may. So it is for processes that run HotSpot's libjvm.so and none of these.
+//
+// mremap that makes a mapping larger would bring more of the file, and beyond its end
+// SIGBUS. realloc calls it for large blocks. So no block is one mapping: in memory where
+// there may be any, a page is left out every 128 KiB, and is anonymous. The kernel
+// refuses to enlarge several mappings at once, and realloc copies the block.
 type MappedMemory struct {
 	// Files hold memory. None may change as long as a process lives that was
 	// restored from it.
@@ -69,6 +81,7 @@ type mappedTask struct {
 	pid     uint32
 	mm      *mm.MmEntry
 	runs    []mappedRun // sorted by address
+	left    uint64      // bytes of the other pages
 	pages   *os.File
 	pagesID uint32
 	fileID  uint32
@@ -110,10 +123,11 @@ func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
 	for _, id := range files.order {
 		next = max(next, id)
 		if strings.HasPrefix(path.Base(files.byID[id].path), mappedKey) {
-			return nil, fmt.Errorf("a file is called %s: %w", files.byID[id].path, errdefs.ErrNotImplemented)
+			return nil, fmt.Errorf("a file is called %s: %w", printable([]byte(files.byID[id].path)), errdefs.ErrNotImplemented)
 		}
 	}
-	var why error
+	var why error // of the first process
+	left := uint64(0)
 	for _, task := range tasks {
 		if task.zombie() {
 			continue
@@ -122,20 +136,24 @@ func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
 		if err := d.one(t.mm, fmt.Sprintf("mm-%d.img", t.pid), magicCommon, magicMM); err != nil {
 			return nil, err
 		}
-		if err := runsHotSpot(t.mm, files); err != nil {
-			why = errors.Join(why, fmt.Errorf("process %d: %w", t.pid, err))
-			continue
+		reason := mustNotMap(t.mm, files)
+		if reason == nil {
+			if next >= math.MaxInt32 {
+				return nil, d.corrupt(filesImage, "file id %d", next)
+			}
+			next++
+			t.fileID = next
+			if err := d.mappedTask(&t); err != nil {
+				return nil, err
+			}
+			if len(t.runs) == 0 {
+				reason = errors.New("it has no memory for that")
+			}
 		}
-		if next >= math.MaxInt32 {
-			return nil, d.corrupt("files.img", "file id %d", next)
-		}
-		next++
-		t.fileID = next
-		if err := d.mappedTask(&t); err != nil {
-			return nil, err
-		}
-		if len(t.runs) == 0 {
-			why = errors.Join(why, fmt.Errorf("process %d: it has no memory for that", t.pid))
+		if reason != nil {
+			if why == nil {
+				why = fmt.Errorf("process %d: %w", t.pid, reason)
+			}
 			continue
 		}
 		m.tasks = append(m.tasks, t)
@@ -144,8 +162,14 @@ func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
 		for _, r := range t.runs {
 			m.Bytes += r.size
 		}
+		if left += t.left; left > maxLeft {
+			return nil, fmt.Errorf("more than %d MiB cannot be mapped (locked, huge pages, or in small pieces): %w", maxLeft>>20, errdefs.ErrNotImplemented)
+		}
 	}
 	if len(m.tasks) == 0 {
+		if why == nil {
+			why = errors.New("it has no process")
+		}
 		return nil, fmt.Errorf("%w: %w", why, errdefs.ErrNotImplemented)
 	}
 	return m, nil
@@ -160,7 +184,7 @@ func (d *images) mappedTask(t *mappedTask) error {
 		return err
 	}
 	name := fmt.Sprintf("pagemap-%d.img", t.pid)
-	size, left := uint64(0), 0 // bytes of the content so far; runs that CRIU is to read
+	size := uint64(0) // bytes of the content so far
 	t.pagesID, err = d.pagemap(name, func(r run) error {
 		if r.flags&pageParent != 0 || r.flags&(pageLazy|pagePresent) == pageLazy {
 			return fmt.Errorf("image %s: pages at %#x are in other images, of an incremental or lazy dump: %w", name, r.addr, errdefs.ErrNotImplemented)
@@ -180,16 +204,23 @@ func (d *images) mappedTask(t *mappedTask) error {
 			if len(vmas) == 0 || vmas[0].GetStart() > addr {
 				return d.corrupt(name, "pages at %#x, where nothing is mapped", addr)
 			}
-			part := mappedRun{addr, min(end, vmas[0].GetEnd()) - addr, off + addr - r.addr}
+			v := vmas[0]
+			part := mappedRun{addr, min(end, v.GetEnd()) - addr, off + addr - r.addr}
+			mapped := canBeMapped(v)
+			if mapped && mayHaveBlocks(v) {
+				if mapped = addr%mremapEvery != 0; mapped {
+					part.size = min(part.size, mremapEvery-addr%mremapEvery)
+				} else {
+					part.size = PageSize
+				}
+			}
 			switch last := len(t.runs) - 1; {
-			case !canBeMapped(vmas[0]):
-				left++
-			case last >= 0 && part.addr > vmas[0].GetStart() && t.runs[last].end() == part.addr && t.runs[last].off+t.runs[last].size == part.off:
+			case mapped && last >= 0 && addr > v.GetStart() && t.runs[last].end() == addr && t.runs[last].off+t.runs[last].size == part.off:
 				t.runs[last].size += part.size // a run of CRIU's is no larger than a pipe of its dump
-			case part.size >= minMapped:
+			case mapped && part.size >= minMapped:
 				t.runs = append(t.runs, part)
 			default:
-				left++
+				t.left += part.size
 			}
 			addr += part.size
 		}
@@ -201,8 +232,9 @@ func (d *images) mappedTask(t *mappedTask) error {
 	if err != nil {
 		return err
 	}
-	if left == 0 {
-		return d.corrupt(name, "no page of a stack") // CRIU expects a page at least
+	if t.left == 0 {
+		// CRIU expects a page at least; a stack has one.
+		return fmt.Errorf("process %d: all of its memory would be mapped: %w", t.pid, errdefs.ErrNotImplemented)
 	}
 	if n := len(t.mm.GetVmas()) + 2*len(t.runs); n > maxMappedVMAs {
 		return fmt.Errorf("process %d: %d mappings are too many: %w", t.pid, n, errdefs.ErrNotImplemented)
@@ -232,8 +264,9 @@ func (m *MappedMemory) Close() error {
 	return errors.Join(errs...)
 }
 
-// runsHotSpot tells why a process's memory must not be mapped, see [MappedMemory].
-func runsHotSpot(e *mm.MmEntry, files *fileTable) error {
+// mustNotMap tells why a process's memory must not be mapped, as far as the names of
+// what it has mapped say so, see [MappedMemory].
+func mustNotMap(e *mm.MmEntry, files *fileTable) error {
 	if len(e.GetVmas()) > maxMappings {
 		return fmt.Errorf("%d mappings", len(e.GetVmas()))
 	}
@@ -248,9 +281,9 @@ func runsHotSpot(e *mm.MmEntry, files *fileTable) error {
 		}
 		base := path.Base(f.path)
 		jvm = jvm || base == "libjvm.so"
-		for _, other := range []string{"jemalloc", "tcmalloc", "mimalloc", "hoard", "snmalloc", "scudo"} {
+		for _, other := range []string{"jemalloc", "tcmalloc", "mimalloc", "hoard", "snmalloc", "scudo", "libj9"} {
 			if strings.Contains(base, other) {
-				return fmt.Errorf("it uses the allocator %s, which may rely on MADV_DONTNEED", base)
+				return fmt.Errorf("it uses %s, which may rely on MADV_DONTNEED", printable([]byte(base)))
 			}
 		}
 	}
@@ -268,13 +301,31 @@ func canBeMapped(v *vma.VmaEntry) bool {
 		return false
 	}
 	const regular = 1 << 0
-	return v.GetStatus() == regular|vmaFilePrivate || canBeLazy(v) && v.GetStatus()&(vmaStack|vmaGuard|vmaAIO) == 0
+	switch v.GetStatus() {
+	case regular | vmaFilePrivate:
+		return true
+	case regular | vmaAnonPrivate, regular | vmaAnonPrivate | vmaHeap:
+		return canBeLazy(v)
+	}
+	return false
+}
+
+// mayHaveBlocks tells whether malloc may have put blocks into a mapping that are
+// mappings of their own, one or several next to each other, which the kernel joins.
+// They are not what brk gives, nor what can be executed, nor memory that nothing is
+// reserved for (MAP_NORESERVE: malloc's arenas, and what the virtual machine keeps for
+// later). Nor are they in the first terabyte, where the virtual machine puts its heap
+// and classes: mmap begins at the upper end of the address space, or at its third.
+func mayHaveBlocks(v *vma.VmaEntry) bool {
+	const firstTerabyte = 1 << 40
+	return v.GetStatus()&(vmaHeap|vmaFilePrivate) == 0 && v.GetProt()&unix.PROT_EXEC == 0 &&
+		v.GetFlags()&unix.MAP_NORESERVE == 0 && v.GetEnd() > firstTerabyte
 }
 
 // Write lays out the restore in dir, the view of the image directory that
 // [LinkImages] made: the mappings and files are replaced by those of the mapping, and
-// the pages by the few that are left for CRIU to read. merge is as for
-// [SetMergeable], which must come before.
+// the pages by the few that are left for CRIU to read. [RearmTimers] and, with merge,
+// [SetMergeable] must come before; what they do to these images is done here, too.
 //
 // CRIU maps files for private mappings as it does for libraries (criu/files-reg.c:
 // open_filemap, open_path), and takes one that it was given a descriptor for
@@ -286,7 +337,8 @@ func (m *MappedMemory) Write(dir string, merge bool) error {
 	}
 	defer view.Close()
 	var entries []proto.Message
-	err = each(m.dir, "files.img", magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
+	err = each(m.dir, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
+		rearm(e)
 		entries = append(entries, proto.CloneOf(e))
 		return nil
 	})
@@ -306,7 +358,7 @@ func (m *MappedMemory) Write(dir string, merge bool) error {
 			return err
 		}
 	}
-	return view.replace("files.img", magicFiles, entries...)
+	return view.replace(filesImage, magicFiles, entries...)
 }
 
 func (t *mappedTask) write(d, view *images, merge bool) error {

@@ -27,8 +27,7 @@ func RearmTimers(imageDir, dir string) error {
 	var files []proto.Message
 	rearmed := 0
 	err = each(d, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
-		if t := e.Tfd; t != nil && stopped(t) {
-			t.Vnsec = proto.Uint64(1) // at once; what it had counted stays in ticks
+		if rearm(e) {
 			rearmed++
 		}
 		files = append(files, proto.CloneOf(e))
@@ -46,6 +45,16 @@ func RearmTimers(imageDir, dir string) error {
 	}
 	defer view.Close()
 	return view.replace(filesImage, magicFiles, files...)
+}
+
+// rearm makes a file that is such a timer go on, and tells whether it is one.
+func rearm(e *fdinfo.FileEntry) bool {
+	t := e.Tfd
+	if t == nil || !stopped(t) {
+		return false
+	}
+	t.Vnsec = proto.Uint64(1) // at once; what it had counted stays in ticks
+	return true
 }
 
 // stopped tells whether a restore would stop a timer that only waits to be read.

@@ -1,6 +1,7 @@
 import com.sun.net.httpserver.HttpExchange;
 import com.sun.net.httpserver.HttpServer;
 import java.io.IOException;
+import java.lang.reflect.Field;
 import java.net.InetSocketAddress;
 import java.nio.charset.StandardCharsets;
 import java.util.UUID;
@@ -8,6 +9,7 @@ import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.Executors;
 import java.util.concurrent.atomic.AtomicLong;
 import java.util.concurrent.atomic.AtomicLongArray;
+import sun.misc.Unsafe;
 
 /**
  * A service whose state is in its heap alone: which instance it is and since when, what it was told,
@@ -17,6 +19,9 @@ import java.util.concurrent.atomic.AtomicLongArray;
  * it can tell the right answers: GET /sum looks at all of them, GET /peek/SEED at 32, each on another
  * page. GET /gc collects garbage, then answers as /sum. With warm.threads there are so many threads that
  * count and make garbage; GET /threads tells how many live, and the least that one has counted.
+ *
+ * <p>With warm.block there is a block of so many megabytes outside of the heap, as for a direct buffer.
+ * GET /grow makes it 64 times as large, writes to all of it and tells whether it holds what it held.
  */
 final class Warm {
     private static final String INSTANCE = UUID.randomUUID().toString();
@@ -26,9 +31,12 @@ final class Warm {
     private static final AtomicLongArray COUNTS = new AtomicLongArray(Integer.getInteger("warm.threads", 0));
     private static final Thread[] COUNTING = new Thread[COUNTS.length()];
     private static final int CHUNK = 8192; // numbers, 64 KiB: an object that a collector may move
+    private static final int BLOCK = Integer.getInteger("warm.block", 0) << 20;
     private static long[][] ballast;
+    private static Unsafe unsafe;
+    private static long block;
 
-    public static void main(String[] args) throws IOException {
+    public static void main(String[] args) throws IOException, ReflectiveOperationException {
         HttpServer server = HttpServer.create(new InetSocketAddress(8080), 0);
         server.createContext("/", Warm::answer);
         server.setExecutor(Executors.newFixedThreadPool(2));
@@ -39,6 +47,16 @@ final class Warm {
             for (int i = 0; i < CHUNK; i++) {
                 number = next(number);
                 chunk[i] = number;
+            }
+        }
+        if (BLOCK > 0) {
+            Field field = Unsafe.class.getDeclaredField("theUnsafe");
+            field.setAccessible(true);
+            unsafe = (Unsafe) field.get(null);
+            block = unsafe.allocateMemory(BLOCK); // malloc
+            for (long at = 0; at < BLOCK; at += 8) {
+                number = next(number);
+                unsafe.putLong(block + at, number);
             }
         }
         Thread ticker = new Thread(Warm::tick, "ticker");
@@ -100,6 +118,20 @@ final class Warm {
         return sum;
     }
 
+    private static String grow() {
+        long sum = 0;
+        for (long at = 0; at < BLOCK; at += 8) {
+            sum = sum * 31 + unsafe.getLong(block + at);
+        }
+        block = unsafe.reallocateMemory(block, 64L * BLOCK); // realloc
+        long again = 0;
+        for (long at = 0; at < BLOCK; at += 8) {
+            again = again * 31 + unsafe.getLong(block + at);
+        }
+        unsafe.setMemory(block + BLOCK, 63L * BLOCK, (byte) 1);
+        return sum == again && unsafe.getByte(block + 64L * BLOCK - 1) == 1 ? "grown" : "lost";
+    }
+
     private static String threads() {
         int alive = 0;
         long least = Long.MAX_VALUE;
@@ -123,6 +155,8 @@ final class Warm {
         } else if (key.equals("gc")) {
             System.gc();
             body = Long.toUnsignedString(sum());
+        } else if (key.equals("grow")) {
+            body = grow();
         } else if (key.equals("threads")) {
             body = threads();
         } else if (key.startsWith("peek/")) {
