@@ -127,15 +127,15 @@ func (s *service) prepareRestore(ctx context.Context, c *container, p *pendingRe
 		r.MinUptime = s.config.MinUptime
 	}
 	p.eager = eagerBecause(m, c, facts.CRIUVersion)
-	// A clone that is killed for damage found late is replaced by another; of a
-	// container that goes on from its own checkpoint there is only one, and what
-	// it did meanwhile is done.
 	if c.settings.Memory == checkpoint.MemoryMapped {
 		if err := s.mapMemory(c, p); err != nil {
 			p.unmapped = err.Error()
 			log.G(ctx).WithError(err).Warn("memory is not mapped")
 		}
 	}
+	// A clone that is killed for damage found late is replaced by another; of a
+	// container that goes on from its own checkpoint there is only one, and what
+	// it did meanwhile is done.
 	p.unverified = p.eager == "" && m.Template != ""
 	if p.unverified { // else its checksums take longer than the pager's start
 		s.startLazy(ctx, c, p)
