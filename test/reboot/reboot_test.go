@@ -15,9 +15,12 @@ import (
 // The limits are those of an emulated machine on two busy cores.
 const (
 	bootLimit = 5 * time.Minute
-	podsLimit = 15 * time.Minute
-	offLimit  = 10 * time.Minute
-	lookLimit = 2 * time.Minute
+	// prepareLimit is for an emulated processor on a slow machine, where nine dumps took
+	// longer than the five minutes that stasis gives them.
+	prepareLimit = 15 * time.Minute
+	podsLimit    = 15 * time.Minute
+	offLimit     = 10 * time.Minute
+	lookLimit    = 2 * time.Minute
 )
 
 // remember waits until all pods answer and go on, tells each something that it
@@ -153,7 +156,7 @@ func (n *node) goneOn(kernel string, before state, seen int) {
 // prepare runs the command and shows what it says.
 func (n *node) prepare(flags string) {
 	n.t.Helper()
-	n.t.Log(n.must(5*time.Minute, "stasis prepare-reboot --stop-kubelet "+flags))
+	n.t.Log(n.must(prepareLimit, "stasis prepare-reboot --stop-kubelet --timeout 14m "+flags))
 }
 
 // reboot asks systemd for it, as an operator does.

@@ -74,6 +74,28 @@ func BenchmarkFill(b *testing.B) {
 	}
 }
 
+// BenchmarkMap reads a byte of each page of such a file that is mapped privately, as
+// mapped memory is: how fast all of it is there for a task, where a pager has to fill it.
+func BenchmarkMap(b *testing.B) {
+	const size = 512 << 20
+	src := noise(b, size)
+	b.SetBytes(size)
+	sum := byte(0)
+	for b.Loop() {
+		mem, err := unix.Mmap(int(src.file.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+		if err != nil {
+			b.Fatal(err)
+		}
+		for at := 0; at < size; at += os.Getpagesize() {
+			sum ^= mem[at]
+		}
+		if err := unix.Munmap(mem); err != nil {
+			b.Fatal(err)
+		}
+	}
+	runtime.KeepAlive(sum)
+}
+
 // BenchmarkFault touches a page of each block of such memory, in random order, and
 // has each answered by the pager's server: what a task waits for a page when
 // nothing else runs.
