@@ -16,6 +16,7 @@ import (
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 	"github.com/stasis-containers/stasis/pkg/restore"
 )
@@ -236,12 +237,7 @@ func (s *service) noteChecked(ctx context.Context, of claim, record []byte) {
 	if record == nil {
 		return
 	}
-	name := s.checkedName(of.Manifest())
-	err := os.MkdirAll(filepath.Dir(name), 0o700)
-	if err == nil {
-		err = replaceFile(name, record)
-	}
-	if err != nil {
+	if err := fsys.Replace(s.checkedName(of.Manifest()), record); err != nil {
 		log.G(ctx).WithError(err).Warn("the next clone compares the checksums of its memory once more")
 	}
 }
@@ -261,23 +257,6 @@ func (s *service) noteTemplate(ctx context.Context, c *container, template strin
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("the first clone compares the checksums of its memory")
 	}
-}
-
-// replaceFile writes a file of mode 0600 that others read as a whole or not at all. It
-// need not survive the node.
-func replaceFile(name string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(name), ".new-*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), name)
-	}
-	if err != nil {
-		err = errors.Join(err, os.Remove(f.Name()))
-	}
-	return err
 }
 
 // prefetch reads what is mapped into the page cache, as far as it is not there. The

@@ -406,7 +406,12 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 	}
 	release()
 	var end func() // of an exchange
-	if err != nil && p.mapped != nil && ctx.Err() == nil && !c.restoredByCRIU() {
+	again := err != nil && p.mapped != nil && ctx.Err() == nil
+	if again {
+		_, unfinished := c.restoredByCRIU()
+		again = unfinished != nil
+	}
+	if again {
 		p.phase("runc", time.Since(begin))
 		begin = time.Now()
 		if uerr := p.unmap(ctx, err); uerr != nil {
@@ -547,27 +552,24 @@ func (s *service) startInner(ctx context.Context, c *container, r *taskAPI.Start
 	return nil, fmt.Errorf("%w: %w: %s", errCRIU, errgrpc.ToNative(err), strings.Join(lines, " | "))
 }
 
-// restoredByCRIU tells whether CRIU was through with the restore, so that tasks may
-// have run, though runc then failed.
-func (c *container) restoredByCRIU() bool {
+// restoredByCRIU is how long CRIU took for the restore. An error means that it was not
+// through with it: else tasks may have run, though runc then failed.
+func (c *container) restoredByCRIU() (time.Duration, error) {
+	// containerd makes it a link to a directory that outlives the bundle.
 	work, err := filepath.EvalSymlinks(filepath.Join(c.bundle, "work"))
-	if err == nil {
-		_, err = criu.ReadRestoreTime(work)
+	if err != nil {
+		return 0, err
 	}
-	return err == nil
+	return criu.ReadRestoreTime(work)
 }
 
 // phaseRunc splits what runc took for a restore by what CRIU says of it.
 func (p *pendingRestore) phaseRunc(ctx context.Context, c *container, took time.Duration) {
-	// containerd makes it a link to a directory that outlives the bundle.
-	work, err := filepath.EvalSymlinks(filepath.Join(c.bundle, "work"))
+	own, err := c.restoredByCRIU()
 	if err == nil {
-		var own time.Duration
-		if own, err = criu.ReadRestoreTime(work); err == nil {
-			own = min(own, took)
-			p.phase("criu", own)
-			took -= own
-		}
+		own = min(own, took)
+		p.phase("criu", own)
+		took -= own
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).Debug("no statistics of the restore")

@@ -175,8 +175,6 @@ func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
 	return m, nil
 }
 
-func pagesName(id uint32) string { return fmt.Sprintf("pages-%d.img", id) }
-
 // mappedTask finds the runs that are worth a mapping, and opens their pages.
 func (d *images) mappedTask(t *mappedTask) error {
 	vmas, err := d.lazyVMAs(fmt.Sprintf("mm-%d.img", t.pid), t.mm.GetVmas())
@@ -184,20 +182,8 @@ func (d *images) mappedTask(t *mappedTask) error {
 		return err
 	}
 	name := fmt.Sprintf("pagemap-%d.img", t.pid)
-	size := uint64(0) // bytes of the content so far
-	t.pagesID, err = d.pagemap(name, func(r run) error {
-		if r.flags&pageParent != 0 || r.flags&(pageLazy|pagePresent) == pageLazy {
-			return fmt.Errorf("image %s: pages at %#x are in other images, of an incremental or lazy dump: %w", name, r.addr, errdefs.ErrNotImplemented)
-		}
-		if r.flags&pagePresent == 0 {
-			return nil
-		}
-		off, n := size, r.pages*PageSize
-		if size > maxAddress-n {
-			return d.corrupt(name, "more than %#x bytes", uint64(maxAddress))
-		}
-		size += n
-		for addr, end := r.addr, r.addr+n; addr < end; {
+	id, size, err := d.presentRuns(name, func(r run, off uint64) error {
+		for addr, end := r.addr, r.addr+r.pages*PageSize; addr < end; {
 			for len(vmas) > 0 && vmas[0].GetEnd() <= addr {
 				vmas = vmas[1:]
 			}
@@ -239,20 +225,9 @@ func (d *images) mappedTask(t *mappedTask) error {
 	if n := len(t.mm.GetVmas()) + 2*len(t.runs); n > maxMappedVMAs {
 		return fmt.Errorf("process %d: %d mappings are too many: %w", t.pid, n, errdefs.ErrNotImplemented)
 	}
-	pages := pagesName(t.pagesID)
-	f, have, err := openRegular(d.fd, pages, -1)
-	if absent(err) {
-		return d.corrupt(pages, "absent; %s has %d bytes in it", name, size)
-	}
-	if err != nil {
-		return fmt.Errorf("image: %w", err)
-	}
-	if uint64(have) < size {
-		f.Close()
-		return d.corrupt(pages, "%d bytes, %s has %d in it", have, name, size)
-	}
-	t.pages = f
-	return nil
+	t.pagesID = id
+	t.pages, _, err = d.openPages(id, name, size)
+	return err
 }
 
 // Close closes the files of the mapping.

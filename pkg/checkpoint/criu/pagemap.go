@@ -113,23 +113,11 @@ func (d *images) lazyTask(t *LazyTask, limit int) error {
 		return err
 	}
 	name = fmt.Sprintf("pagemap-%d.img", t.PID)
-	size := uint64(0) // of the content so far, of runs that are not lazy, too
-	id, err := d.pagemap(name, func(r run) error {
-		if r.flags&pageParent != 0 || r.flags&(pageLazy|pagePresent) == pageLazy {
-			return fmt.Errorf("image %s: pages at %#x are in other images, of an incremental or lazy dump: %w", name, r.addr, errdefs.ErrNotImplemented)
-		}
-		if r.flags&pagePresent == 0 {
-			return nil
-		}
-		off, n := size, r.pages*PageSize
-		if size > maxAddress-n {
-			return d.corrupt(name, "more than %#x bytes", uint64(maxAddress))
-		}
-		size += n
+	id, size, err := d.presentRuns(name, func(r run, off uint64) error {
 		if r.flags&pageLazy == 0 {
 			return nil
 		}
-		for addr, end := r.addr, r.addr+n; addr < end; {
+		for addr, end := r.addr, r.addr+r.pages*PageSize; addr < end; {
 			for len(vmas) > 0 && vmas[0].GetEnd() <= addr {
 				vmas = vmas[1:]
 			}
@@ -154,20 +142,50 @@ func (d *images) lazyTask(t *LazyTask, limit int) error {
 	if err != nil || len(t.Runs) == 0 {
 		return err
 	}
-	pages := fmt.Sprintf("pages-%d.img", id)
-	f, have, err := openRegular(d.fd, pages, -1)
+	t.Pages, t.PagesSize, err = d.openPages(id, name, size)
+	return err
+}
+
+// presentRuns calls f with each run of a pagemap whose content is in the file of pages,
+// and with where it is in there, and returns the file's id and the size of all of it,
+// in bytes. Pages that are in other images are refused with [errdefs.ErrNotImplemented].
+func (d *images) presentRuns(name string, f func(r run, off uint64) error) (pagesID uint32, size uint64, err error) {
+	pagesID, err = d.pagemap(name, func(r run) error {
+		if r.flags&pageParent != 0 || r.flags&(pageLazy|pagePresent) == pageLazy {
+			return fmt.Errorf("image %s: pages at %#x are in other images, of an incremental or lazy dump: %w", name, r.addr, errdefs.ErrNotImplemented)
+		}
+		if r.flags&pagePresent == 0 {
+			return nil
+		}
+		off, n := size, r.pages*PageSize
+		if size > maxAddress-n {
+			return d.corrupt(name, "more than %#x bytes", uint64(maxAddress))
+		}
+		size += n
+		return f(r, off)
+	})
+	return pagesID, size, err
+}
+
+// openPages opens the file of pages of a pagemap that has so many bytes in it, and
+// returns its own size.
+func (d *images) openPages(id uint32, pagemap string, size uint64) (*os.File, int64, error) {
+	name := pagesName(id)
+	f, have, err := openRegular(d.fd, name, -1)
 	if absent(err) {
-		return d.corrupt(pages, "absent; %s has %d bytes in it", name, size)
+		return nil, 0, d.corrupt(name, "absent; %s has %d bytes in it", pagemap, size)
 	}
 	if err != nil {
-		return fmt.Errorf("image: %w", err)
+		return nil, 0, fmt.Errorf("image: %w", err)
 	}
-	t.Pages, t.PagesSize = f, have
 	if uint64(have) < size {
-		return d.corrupt(pages, "%d bytes, %s has %d in it", have, name, size)
+		f.Close()
+		return nil, 0, d.corrupt(name, "%d bytes, %s has %d in it", have, pagemap, size)
 	}
-	return nil
+	return f, have, nil
 }
+
+func pagesName(id uint32) string { return fmt.Sprintf("pages-%d.img", id) }
 
 // lazyVMAs checks the mappings and leaves out what is none of its own.
 func (d *images) lazyVMAs(name string, vmas []*vma.VmaEntry) ([]*vma.VmaEntry, error) {

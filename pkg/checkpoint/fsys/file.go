@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 )
 
 // ErrTooLarge is what ReadFile fails with for a file beyond its limit.
@@ -39,4 +41,24 @@ func WriteFile(files FS, path string, data []byte) error {
 		return errors.Join(err, files.Remove(path))
 	}
 	return nil
+}
+
+// Replace writes a file of mode 0600 that others read as a whole or not at all, and
+// makes its directory, of mode 0700, where there is none. It is for what need not
+// survive the node: nothing is synced.
+func Replace(path string, data []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Close()); err == nil {
+		if err = os.Rename(f.Name(), path); err == nil {
+			return nil
+		}
+	}
+	return errors.Join(err, os.Remove(f.Name()))
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/fsys"
 )
 
 const (
@@ -234,27 +235,10 @@ func AddHot(name string, touched []Range) error {
 	for _, a := range after {
 		b = append(append(b, a.line()...), '\n')
 	}
-	if err := replaceHot(name, b); err != nil {
+	if err := fsys.Replace(name, b); err != nil {
 		return fmt.Errorf("record memory: %w", err)
 	}
 	return nil
-}
-
-func replaceHot(name string, b []byte) error {
-	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(filepath.Dir(name), ".new-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Close()); err == nil {
-		if err = os.Rename(f.Name(), name); err == nil {
-			return nil
-		}
-	}
-	return errors.Join(err, os.Remove(f.Name()))
 }
 
 // SweepHot removes the records of all versions but those that there are, which are
