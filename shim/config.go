@@ -25,6 +25,8 @@ type Config struct {
 	HookTimeout time.Duration
 	// CleanupTimeout bounds every rollback: thaw, signal, removal of a stage.
 	CleanupTimeout time.Duration
+	// DeleteTimeout bounds the removal of a container, which does not end with its caller.
+	DeleteTimeout time.Duration
 }
 
 // DefaultConfig is the configuration of the released shim.
@@ -40,5 +42,6 @@ func DefaultConfig() Config {
 		FactsTimeout:   20 * time.Second,
 		HookTimeout:    10 * time.Second,
 		CleanupTimeout: 30 * time.Second,
+		DeleteTimeout:  2 * time.Minute,
 	}
 }

@@ -60,7 +60,8 @@ type container struct {
 	// during the exchange of a failed restore for a cold start, and while there
 	// may be one.
 	settled   chan struct{}
-	exchanges int // that are in progress, one within the other
+	exchanges int       // that are in progress, one within the other
+	deletion  *deletion // nil before the first, and after one that failed
 	// replaced is closed when the inner object that waiters hang on goes away.
 	replaced chan struct{}
 }

@@ -78,10 +78,13 @@ func (s *service) lookup(id string) *container {
 	return s.containers[id]
 }
 
-func (s *service) forget(id string) {
+// forget ends the record, unless there is another container by that name already.
+func (s *service) forget(c *container) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.containers, id)
+	if s.containers[c.id] == c {
+		delete(s.containers, c.id)
+	}
 }
 
 // settled looks the container up and waits until the inner service has it.
@@ -142,7 +145,7 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (*ta
 		err = errgrpc.ToGRPC(errors.Join(context.Cause(ctx), s.uncreate(ctx, c)))
 	}
 	if err != nil {
-		s.forget(r.ID)
+		s.forget(c)
 		return nil, err
 	}
 	return resp, nil
@@ -246,25 +249,75 @@ func (s *service) Start(ctx context.Context, r *taskAPI.StartRequest) (*taskAPI.
 // Delete removes a container or an exec process.
 func (s *service) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {
 	ctx = withFields(ctx, log.Fields{"container_id": r.ID})
-	var c *container
-	var err error
-	if r.ExecID == "" {
-		c, err = s.free(ctx, r.ID)
-	} else {
-		c, err = s.settled(ctx, r.ID)
+	if r.ExecID != "" {
+		if _, err := s.settled(ctx, r.ID); err != nil {
+			return nil, err
+		}
+		return s.TTRPCTaskService.Delete(ctx, r)
 	}
+	c, err := s.free(ctx, r.ID)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := s.TTRPCTaskService.Delete(ctx, r)
-	if r.ExecID == "" && c != nil && (err == nil || errdefs.IsNotFound(errgrpc.ToNative(err))) {
-		c.endTmpfs(ctx, true)
-		s.abandonRestore(ctx, c)
-		s.endLazy(ctx, c)
-		s.noteClone(c)
-		s.forget(r.ID)
+	if c == nil {
+		return s.TTRPCTaskService.Delete(ctx, r)
 	}
-	return resp, err
+	d := s.beginDeletion(ctx, c)
+	select {
+	case <-d.done:
+	case <-ctx.Done():
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: its deletion goes on: %w", r.ID, context.Cause(ctx)))
+	}
+	if d.deleted() {
+		s.forget(c)
+	}
+	return d.resp, d.err
+}
+
+// deletion is the removal of a container by the inner service.
+type deletion struct {
+	done chan struct{} // closed at the end; what follows is set before
+	resp *taskAPI.DeleteResponse
+	err  error
+}
+
+// deleted tells whether a deletion that is done leaves nothing to delete.
+func (d *deletion) deleted() bool {
+	return d.err == nil || errdefs.IsNotFound(errgrpc.ToNative(d.err))
+}
+
+// beginDeletion returns the deletion that there is, or begins one. It goes on when who
+// asked for it waits no longer, and is kept until someone has its result: containerd
+// gives it ten seconds, and then tries again after ever longer pauses. On a node that
+// is that busy runc, which would be killed each time, would not come to its end.
+func (s *service) beginDeletion(ctx context.Context, c *container) *deletion {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.deletion != nil {
+		return c.deletion
+	}
+	d := &deletion{done: make(chan struct{})}
+	c.deletion = d
+	go func() { // ends within DeleteTimeout and the time for a few files
+		defer close(d.done)
+		begin := time.Now()
+		detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.DeleteTimeout)
+		defer cancel()
+		if d.resp, d.err = s.TTRPCTaskService.Delete(detached, &taskAPI.DeleteRequest{ID: c.id}); d.deleted() {
+			c.endTmpfs(detached, true)
+			s.abandonRestore(detached, c)
+			s.endLazy(detached, c)
+			s.noteClone(c)
+		} else { // another may be begun
+			c.mu.Lock()
+			c.deletion = nil
+			c.mu.Unlock()
+		}
+		if ctx.Err() != nil {
+			log.G(ctx).WithError(d.err).WithField("took", time.Since(begin).Round(time.Millisecond)).Warn("a deletion ended after its caller had gone")
+		}
+	}()
+	return d
 }
 
 // State answers from the record while an operation holds the inner service.
