@@ -117,6 +117,35 @@ func TestRestoreDeadline(t *testing.T) {
 	}
 }
 
+// TestDeleteDeadline: on a node that is so busy that runc needs longer for the deletion
+// of an ended container than containerd gives it, the container ends all the same.
+func TestDeleteDeadline(t *testing.T) {
+	const wrapper = "/usr/local/sbin/runc" // comes first in the shim's PATH
+	script := "#!/bin/sh\ncase \" $* \" in *' delete '*) sleep 13 ;; esac\nexec /usr/sbin/runc \"$@\"\n"
+	n, key := newNode(t), uniqueKey(t)
+	plain, under := n.runPod(key, nil), n.runPod(key, annotate(key))
+	if err := os.WriteFile(wrapper, []byte(script), 0o755); err != nil { //nolint:gosec // a program
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(wrapper); err != nil {
+			t.Error(err)
+		}
+		plain.remove()
+		under.remove()
+	})
+	begin := time.Now()
+	both := []*ctr{plain.start("c", "busybox", shell("exit 3")), under.start("c", "busybox", shell("exit 3"))}
+	for _, c := range both {
+		eventually(t, "end of the container", func() error {
+			if s := c.status(); s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 3 {
+				return fmt.Errorf("state %v, exit code %d, after %v", s.State, s.ExitCode, time.Since(begin).Round(time.Second))
+			}
+			return nil
+		})
+	}
+}
+
 // wantOneOf returns the newest event of the type.
 func wantOneOf(t *testing.T, key string, typ event.Type) (last event.Event) {
 	t.Helper()
