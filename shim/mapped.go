@@ -50,9 +50,9 @@ const (
 	prefetchTimeout = 5 * time.Minute
 )
 
-// mapMemory makes a restore one that maps memory, or says why it cannot be.
-func (s *service) mapMemory(c *container, p *pendingRestore) error {
-	m := p.claim.Manifest()
+// unmappable says why the memory of a checkpoint is not to be mapped, whatever its images
+// are and the kernel can do.
+func unmappable(m *checkpoint.Manifest, c *container) error {
 	switch {
 	case m.Template == "":
 		return errors.New("it goes on from a checkpoint of its own, not from a template")
@@ -65,6 +65,14 @@ func (s *service) mapMemory(c *container, p *pendingRestore) error {
 		return errors.New("its SELinux label or AppArmor profile may forbid a file of the node")
 	case m.ResidentBytes() < minLazyBytes:
 		return fmt.Errorf("its template has no more than %d MiB of memory", m.ResidentBytes()>>20)
+	}
+	return nil
+}
+
+// mapMemory makes a restore one that maps memory, or says why it cannot be.
+func (s *service) mapMemory(c *container, p *pendingRestore) error {
+	if err := unmappable(p.claim.Manifest(), c); err != nil {
+		return err
 	}
 	tree, err := sealedTree(p.claim.Dir()) // Linux 5.12
 	if err != nil {

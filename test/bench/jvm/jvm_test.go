@@ -62,7 +62,7 @@ func example() *report {
 		}
 		return w
 	}
-	s := &serviceReport{Name: "heap of 100 MB", TemplateBytes: 200 << 20, Ways: map[string]*wayReport{
+	s := &serviceReport{Name: "heap of 100 MB", TemplateBytes: 200 << 20, Source: latency{300, 1, 4}, Ways: map[string]*wayReport{
 		wayCold: way(3000, 2900, 3100), wayRunc: way(500, 510, 520), wayLazy: way(120, 130, 140), wayClone: way(100, 90, 110), wayMapped: way(80, 70, 90)}}
 	s.AtOnce = []atOnceReport{{Clones: 1, Way: wayClone, TotalMs: 100, PSSBytes: 100, ColdPSSBytes: 110, ColdMeasured: 1},
 		{Clones: 4, Way: wayClone, TotalMs: 500, PSSBytes: 400, ColdPSSBytes: 440, ColdMeasured: 4, Merged: &mergedReport{PSSBytes: 100, Settled: true}}, {Clones: 16, Way: wayClone, Skipped: "no <memory>"},
@@ -113,7 +113,8 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	text, _ := os.ReadFile(filepath.Join(dir, "bench-jvm.txt"))
-	for _, want := range []string{"3000 (2900-3100)", "100 (90.0-110)", "stasis clone, 16 at once: skipped, no <memory>", "stasis clone, 4 at once, pages merged: PSS 0 MB", "settled", "25.0 (20.0-30.0)", "2.00, 2.00", "2.00, 8.00"} {
+	for _, want := range []string{"3000 (2900-3100)", "100 (90.0-110)", "stasis clone, 16 at once: skipped, no <memory>", "stasis clone, 4 at once, pages merged: PSS 0 MB", "settled", "25.0 (20.0-30.0)", "2.00, 2.00", "2.00, 8.00",
+		"never stopped: requests p50 1.00, p99 4.00, which is 2.00 of"} {
 		if !strings.Contains(string(text), want) {
 			t.Errorf("no %q in\n%s", want, text)
 		}

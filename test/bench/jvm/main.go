@@ -171,12 +171,12 @@ func progress(format string, args ...any) {
 // service measures everything about one service.
 func (n *node) service(ctx context.Context, s service, set settings) (*serviceReport, error) {
 	progress("%s: warming the source", s.name)
-	t, err := n.template(ctx, s)
+	t, err := n.template(ctx, s, set)
 	if err != nil {
 		return nil, err
 	}
 	defer t.remove(context.WithoutCancel(ctx))
-	r := &serviceReport{Name: s.name, TemplateBytes: t.bytes, Ways: map[string]*wayReport{}}
+	r := &serviceReport{Name: s.name, TemplateBytes: t.bytes, Source: t.warm, Ways: map[string]*wayReport{}}
 	for _, w := range ways {
 		r.Ways[w] = &wayReport{}
 	}

@@ -224,23 +224,36 @@ type template struct {
 	dir     string // of the version
 	bytes   int64
 	answers map[string]string // by path
+	warm    latency           // of the source's requests
 }
 
-// template starts a service, warms it up and makes a template of it. Then the
-// source is gone: its memory would be in the way.
-func (n *node) template(ctx context.Context, s service) (*template, error) {
+// template starts a service, warms it up, measures as many requests as the first
+// seconds of all runs have, and makes a template of it. Then the source is gone: its
+// memory would be in the way.
+func (n *node) template(ctx context.Context, s service, set settings) (*template, error) {
 	p, err := n.pod(ctx, s.short+"-source", map[string]string{checkpoint.AnnotationPolicy: "template"})
 	if err != nil {
 		return nil, err
 	}
 	defer p.remove(ctx)
 	t := &template{n: n, service: s, name: s.short, answers: map[string]string{}}
-	if _, err := p.start(ctx, s, nil); err != nil {
+	started, err := p.start(ctx, s, nil)
+	if err != nil {
 		return nil, fmt.Errorf("source: %w", err)
 	}
 	if err := s.warmUp(ctx, p.address, t.answers); err != nil {
 		return nil, fmt.Errorf("warm-up: %w", err)
 	}
+	set.Window = time.Duration(set.Runs) * time.Second
+	requests, _, err := s.after(ctx, p.address, started.container, t.answers, set)
+	if err != nil {
+		return nil, fmt.Errorf("source: %w", err)
+	}
+	var took []float64
+	for _, r := range requests {
+		took = append(took, ms(r.took))
+	}
+	t.warm = newLatency(took)
 	out, err := exec.CommandContext(ctx, "stasis", "template", "create", t.name, "-o", "json", "--pod", namespace+"/"+p.config.Metadata.Name).Output()
 	if err != nil {
 		if e := new(exec.ExitError); errors.As(err, &e) {
