@@ -61,7 +61,7 @@ type container struct {
 	// may be one.
 	settled   chan struct{}
 	exchanges int       // that are in progress, one within the other
-	deletion  *deletion // nil before the first, and after one that failed
+	deletion  *deletion // set while busy is opDelete
 	// replaced is closed when the inner object that waiters hang on goes away.
 	replaced chan struct{}
 }
@@ -266,6 +266,7 @@ const (
 	opPrepared   = "reboot" // frozen, with a committed checkpoint
 	opAborting   = "return from the preparation for a reboot"
 	opSnapshot   = "dump for a template"
+	opDelete     = "deletion"
 )
 
 // waitWhile returns when the container is busy with none of the operations.

@@ -269,63 +269,6 @@ func (i *stuckInner) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*tas
 	return i.restoringInner.Delete(ctx, r)
 }
 
-// TestDeleteGoesOn: a deletion does not end with the caller who gives up, and the next
-// one has its result.
-func TestDeleteGoesOn(t *testing.T) {
-	s, i, c, st := pending(t)
-	slow := &slowInner{restoringInner: i, may: make(chan struct{})}
-	s.TTRPCTaskService = slow
-	for range 2 { // one begins it, one joins it
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-		_, err := s.Delete(ctx, &taskAPI.DeleteRequest{ID: "c"})
-		cancel()
-		if !errdefs.IsDeadlineExceeded(errgrpc.ToNative(err)) {
-			t.Fatalf("%v, want that the time is over", err)
-		}
-	}
-	close(slow.may)
-	resp, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: "c"})
-	if err != nil || resp.ExitStatus != 3 {
-		t.Errorf("%v, %v, want the exit status", resp, err)
-	}
-	if got := strings.Join(i.calls, " "); got != "delete" {
-		t.Errorf("inner calls %q", got)
-	}
-	if s.lookup(c.id) != nil {
-		t.Error("it is remembered")
-	}
-	if got := stateOf(t, st); got != store.Committed {
-		t.Errorf("the checkpoint is %q, want it committed", got)
-	}
-
-	// One that fails may be tried again.
-	s, i, _, _ = pending(t)
-	s.TTRPCTaskService = &stuckInner{i, errors.New("device or resource busy")}
-	if _, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: "c"}); err == nil {
-		t.Fatal("deleted")
-	}
-	s.TTRPCTaskService = i
-	if _, err := s.Delete(t.Context(), &taskAPI.DeleteRequest{ID: "c"}); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// slowInner deletes when it may.
-type slowInner struct {
-	*restoringInner
-	may chan struct{}
-}
-
-func (i *slowInner) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {
-	select {
-	case <-i.may:
-	case <-ctx.Done():
-		return nil, errgrpc.ToGRPC(ctx.Err())
-	}
-	_, err := i.restoringInner.Delete(ctx, r)
-	return &taskAPI.DeleteResponse{ExitStatus: 3}, err
-}
-
 // TestUndoFails: what cannot be undone fails the start, but holds no claim.
 func TestUndoFails(t *testing.T) {
 	s, i, c, st := pending(t)
@@ -456,7 +399,11 @@ func TestCreateGivenUp(t *testing.T) {
 		} else if !errors.Is(errgrpc.ToNative(err), context.Canceled) {
 			t.Errorf("create: %v", err)
 		}
-		if got := strings.Join(in.calls, " "); got != "create delete" || s.lookup("c") != nil {
+		want := "create delete"
+		if deletes {
+			want = "create state delete"
+		}
+		if got := strings.Join(in.calls, " "); got != want || s.lookup("c") != nil {
 			t.Errorf("inner calls %q, left %v", got, s.lookup("c"))
 		}
 	}

@@ -118,6 +118,9 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (*ta
 	if err != nil {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("create container %q: %w", r.ID, err))
 	}
+	if d := s.lookup(r.ID).currentDeletion(); d != nil && !isClosed(d.done) {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("create container %q: %w", r.ID, busyError(opDelete)))
+	}
 	c := newContainer(r.ID)
 	c.bundle, c.annotations, c.request = r.Bundle, annotations, r
 	if _, ok := annotations[checkpoint.InternalPolicy]; ok && r.Checkpoint == "" {
@@ -142,7 +145,11 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (*ta
 	resp, err := s.create(ctx, c)
 	if err == nil && c.optedIn && ctx.Err() != nil {
 		// Who waits no longer may have given up on the deletion, too.
-		err = errgrpc.ToGRPC(errors.Join(context.Cause(ctx), s.uncreate(ctx, c)))
+		err = context.Cause(ctx)
+		if uerr := s.uncreate(ctx, c); uerr != nil { // it is there, for a Delete to find
+			return nil, errgrpc.ToGRPC(errors.Join(err, uerr))
+		}
+		err = errgrpc.ToGRPC(err)
 	}
 	if err != nil {
 		s.forget(c)
@@ -153,7 +160,7 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (*ta
 
 // uncreate takes back what create has made.
 func (s *service) uncreate(ctx context.Context, c *container) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.CleanupTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.DeleteTimeout)
 	defer cancel()
 	_, err := s.TTRPCTaskService.Delete(ctx, &taskAPI.DeleteRequest{ID: c.id})
 	s.abandonRestore(ctx, c)
@@ -244,80 +251,6 @@ func (s *service) Start(ctx context.Context, r *taskAPI.StartRequest) (*taskAPI.
 		s.oom().add(ctx, c.id, cg)
 	}
 	return resp, nil
-}
-
-// Delete removes a container or an exec process.
-func (s *service) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {
-	ctx = withFields(ctx, log.Fields{"container_id": r.ID})
-	if r.ExecID != "" {
-		if _, err := s.settled(ctx, r.ID); err != nil {
-			return nil, err
-		}
-		return s.TTRPCTaskService.Delete(ctx, r)
-	}
-	c, err := s.free(ctx, r.ID)
-	if err != nil {
-		return nil, err
-	}
-	if c == nil {
-		return s.TTRPCTaskService.Delete(ctx, r)
-	}
-	d := s.beginDeletion(ctx, c)
-	select {
-	case <-d.done:
-	case <-ctx.Done():
-		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: its deletion goes on: %w", r.ID, context.Cause(ctx)))
-	}
-	if d.deleted() {
-		s.forget(c)
-	}
-	return d.resp, d.err
-}
-
-// deletion is the removal of a container by the inner service.
-type deletion struct {
-	done chan struct{} // closed at the end; what follows is set before
-	resp *taskAPI.DeleteResponse
-	err  error
-}
-
-// deleted tells whether a deletion that is done leaves nothing to delete.
-func (d *deletion) deleted() bool {
-	return d.err == nil || errdefs.IsNotFound(errgrpc.ToNative(d.err))
-}
-
-// beginDeletion returns the deletion that there is, or begins one. It goes on when who
-// asked for it waits no longer, and is kept until someone has its result: containerd
-// gives it ten seconds, and then tries again after ever longer pauses. On a node that
-// is that busy runc, which would be killed each time, would not come to its end.
-func (s *service) beginDeletion(ctx context.Context, c *container) *deletion {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.deletion != nil {
-		return c.deletion
-	}
-	d := &deletion{done: make(chan struct{})}
-	c.deletion = d
-	go func() { // ends within DeleteTimeout and the time for a few files
-		defer close(d.done)
-		begin := time.Now()
-		detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.DeleteTimeout)
-		defer cancel()
-		if d.resp, d.err = s.TTRPCTaskService.Delete(detached, &taskAPI.DeleteRequest{ID: c.id}); d.deleted() {
-			c.endTmpfs(detached, true)
-			s.abandonRestore(detached, c)
-			s.endLazy(detached, c)
-			s.noteClone(c)
-		} else { // another may be begun
-			c.mu.Lock()
-			c.deletion = nil
-			c.mu.Unlock()
-		}
-		if ctx.Err() != nil {
-			log.G(ctx).WithError(d.err).WithField("took", time.Since(begin).Round(time.Millisecond)).Warn("a deletion ended after its caller had gone")
-		}
-	}()
-	return d
 }
 
 // State answers from the record while an operation holds the inner service.
@@ -414,6 +347,9 @@ func (s *service) Wait(ctx context.Context, r *taskAPI.WaitRequest) (*taskAPI.Wa
 		if err != nil {
 			return nil, err
 		}
+		if state := c.beingDeleted(); state != nil {
+			return &taskAPI.WaitResponse{ExitStatus: state.ExitStatus, ExitedAt: state.ExitedAt}, nil
+		}
 		resp, err := s.waitUntil(ctx, r, replaced)
 		if err != nil && ctx.Err() == nil && isClosed(replaced) {
 			continue
@@ -453,6 +389,13 @@ func (s *service) Kill(ctx context.Context, r *taskAPI.KillRequest) (*emptypb.Em
 	}
 	if c == nil || r.ExecID != "" {
 		return s.TTRPCTaskService.Kill(ctx, r)
+	}
+	if c.beingDeleted() != nil { // as the inner service answers of one that has ended
+		switch unix.Signal(r.Signal) {
+		case unix.SIGTERM, unix.SIGKILL:
+			return empty, nil
+		}
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: it has ended: %w", r.ID, errdefs.ErrNotFound))
 	}
 	switch unix.Signal(r.Signal) {
 	case 0:

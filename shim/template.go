@@ -224,16 +224,16 @@ type cloneLife struct {
 	uptime  time.Duration
 }
 
-// noteClone remembers how long a clone lived. A shim lives as long as its
-// sandbox, within which the kubelet restarts what fails.
-func (s *service) noteClone(c *container) {
+// noteClone remembers how long a clone lived, at most, which had ended by then. A shim
+// lives as long as its sandbox, within which the kubelet restarts what fails.
+func (s *service) noteClone(c *container, by time.Time) {
 	c.mu.Lock()
 	m, started := c.restoredFrom, c.startedAt
 	c.mu.Unlock()
 	if m == nil || m.Template == "" || started.IsZero() {
 		return
 	}
-	s.rememberClone(c, m.ID, time.Since(started))
+	s.rememberClone(c, m.ID, by.Sub(started))
 }
 
 func (s *service) rememberClone(c *container, version checkpoint.ID, uptime time.Duration) {

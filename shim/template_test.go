@@ -202,14 +202,14 @@ func TestClaimTemplate(t *testing.T) {
 
 	c := clone(v2)
 	c.restoredFrom, c.startedAt = pin.Manifest(), time.Now()
-	s.noteClone(c)
+	s.noteClone(c, time.Now())
 	_, err = s.claim(t.Context(), st, clone(v2), v2)
 	var refusal *restore.Refusal
 	if !errors.As(err, &refusal) || refusal.Code != restore.CrashLooping {
 		t.Errorf("after a short life: %v", err)
 	}
 	c.startedAt = time.Now().Add(-time.Hour)
-	s.noteClone(c)
+	s.noteClone(c, time.Now())
 	if pin, err = s.claim(t.Context(), st, clone(v2), v2); err != nil {
 		t.Fatalf("after a long life: %v", err)
 	}

@@ -2,8 +2,10 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -120,11 +122,19 @@ func TestRestoreDeadline(t *testing.T) {
 // TestDeleteDeadline: on a node that is so busy that runc needs longer for the deletion
 // of an ended container than containerd gives it, the container ends all the same.
 func TestDeleteDeadline(t *testing.T) {
-	const wrapper = "/usr/local/sbin/runc" // comes first in the shim's PATH
-	script := "#!/bin/sh\ncase \" $* \" in *' delete '*) sleep 13 ;; esac\nexec /usr/sbin/runc \"$@\"\n"
+	runc, err := exec.LookPath("runc")
+	if err != nil {
+		t.Fatal(err)
+	}
 	n, key := newNode(t), uniqueKey(t)
 	plain, under := n.runPod(key, nil), n.runPod(key, annotate(key))
-	if err := os.WriteFile(wrapper, []byte(script), 0o755); err != nil { //nolint:gosec // a program
+	const wrapper = "/usr/local/sbin/runc" // comes first in the shim's PATH
+	f, err := os.OpenFile(wrapper, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o755)
+	if err == nil {
+		_, err = fmt.Fprintf(f, "#!/bin/sh\ncase \" $* \" in *' delete '*) sleep 13 ;; esac\nexec %s \"$@\"\n", runc)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
