@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -131,6 +132,40 @@ const maxEarly = 10 * time.Second
 
 // endWait bounds the time for which a rollback waits for a pager to end.
 const endWait = 5 * time.Second
+
+// failWait is how long a start may go on without its pager: CRIU commonly finds out at once.
+const failWait = 2 * time.Second
+
+// watchStart has the container of a start killed whose pager has failed and that does not
+// end: a task that touches a page which is missing waits for ever then, and CRIU for the
+// task. stop ends that.
+func (l *lazyRestore) watchStart(ctx context.Context, kill func(ctx context.Context, id string) error) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() {
+		failed := make(chan error, 1)
+		running.Go(func() { failed <- l.pager.Wait(ctx) })
+		select {
+		case <-l.exited:
+		case err := <-failed:
+			if err == nil {
+				return // memory is full
+			}
+		case <-ctx.Done():
+			return
+		}
+		select {
+		case <-time.After(failWait):
+		case <-ctx.Done():
+			return
+		}
+		log.G(ctx).Warn("the restore does not end without its pager: its tasks are killed")
+		if err := kill(ctx, l.id); err != nil {
+			log.G(ctx).WithError(err).Debug("kill tasks of a restore")
+		}
+	})
+	return func() { cancel(); running.Wait() }
+}
 
 // startLazy starts the pager of a restore that may have one. It is to be begun
 // or ended.

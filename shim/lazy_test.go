@@ -341,6 +341,45 @@ func TestPagerFails(t *testing.T) {
 	wantNoHolder(t)
 }
 
+// TestWatchStart: a start that goes on without its pager has its tasks killed, and one that
+// ends has not.
+func TestWatchStart(t *testing.T) {
+	for _, ends := range []bool{false, true} {
+		s, _, c, _ := pendingLazy(t)
+		l := s.beginLazy(t.Context(), c, c.restore)
+		if l == nil {
+			t.Fatalf("no pager: %s", c.restore.eager)
+		}
+		killed := make(chan string, 1)
+		stop := l.watchStart(t.Context(), func(_ context.Context, id string) error {
+			killed <- id
+			return nil
+		})
+		if err := l.holder.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		<-l.exited
+		if ends {
+			stop()
+		}
+		select {
+		case id := <-killed:
+			if ends || id != c.id {
+				t.Errorf("%s is killed", id)
+			}
+		case <-time.After(failWait + 3*time.Second):
+			if !ends {
+				t.Error("it hangs")
+			}
+		}
+		stop()
+		if err := s.abandonLazy(t.Context(), c); err != nil {
+			t.Error(err)
+		}
+		wantNoHolder(t)
+	}
+}
+
 // TestStartEarly: a pager that was started in Create is the one that begins, unless
 // it has waited for too long; and none is left where there is no start.
 func TestStartEarly(t *testing.T) {

@@ -402,7 +402,12 @@ func (s *service) startRestored(ctx context.Context, c *container, p *pendingRes
 		p.phase("tmpfs", time.Since(begin))
 	}
 	if begin = time.Now(); err == nil {
+		stop := func() {}
+		if lazy != nil {
+			stop = lazy.watchStart(ctx, killContainer)
+		}
 		resp, err = s.startInner(ctx, c, r)
+		stop()
 	}
 	release()
 	var end func() // of an exchange

@@ -67,8 +67,10 @@ func (p *Pager) receive(l *net.UnixListener, remove func() error) {
 	defer conn.Close()
 	conn.SetDeadline(deadline)
 	defer p.atEnd(func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	finished := false
 	if err == nil {
 		err = p.receiveAll(conn)
+		finished = err == nil
 	}
 	if err == nil {
 		// All descriptors are held.
@@ -79,12 +81,16 @@ func (p *Pager) receive(l *net.UnixListener, remove func() error) {
 		return
 	}
 	p.end(err)
-	// What CRIU has not yet sent it cannot send any more. If the last message is
-	// not among what it has sent, it will fail to send it, and kill the tasks.
-	if finished, derr := p.drain(conn); finished || derr != nil {
-		return // after an error, who knows?
+	if !finished {
+		// What CRIU has not yet sent it cannot send any more. If the last message is
+		// not among what it has sent, it will fail to send it, and kill the tasks.
+		var derr error
+		if finished, derr = p.drain(conn); !finished && derr == nil { // after an error, who knows?
+			p.abandon(err)
+			return
+		}
 	}
-	p.abandon(err)
+	p.setReady() // the tasks may run, and are to wait for what is missing
 }
 
 // accept waits for CRIU to connect, and closes the listener. The keeper has the

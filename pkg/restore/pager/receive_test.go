@@ -165,6 +165,9 @@ func TestProtocol(t *testing.T) {
 			if got := uffds(t); got != tt.held {
 				t.Errorf("%d descriptors are held", got)
 			}
+			if p.isRestored() != tt.restored {
+				t.Errorf("tasks may have run: %v", p.isRestored())
+			}
 			if !tt.restored && tt.want != io.ErrUnexpectedEOF {
 				if err := finished.send(t, c); !errors.Is(err, unix.EPIPE) {
 					t.Errorf("CRIU can still finish: %v", err)
@@ -180,6 +183,58 @@ func TestProtocol(t *testing.T) {
 				t.Errorf("left: %v", left)
 			}
 		})
+	}
+}
+
+// TestKeeperGone: where nobody can hold the descriptors any more when CRIU's last message
+// comes, the tasks wait for what is missing, and do not read zeroes.
+func TestKeeperGone(t *testing.T) {
+	ours, theirs := socketPair(t)
+	defer ours.Close()
+	work := t.TempDir()
+	p, err := Start(t.Context(), Options{ImageDir: sampleImages(t), WorkDir: work, RestoreTimeout: 10 * time.Second, Keeper: NewKeeper(ours)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	c := dial(t, work)
+	defer c.Close()
+	fd := step{bytes: "\x00", fds: 1}
+	for _, s := range []step{{number: -8}, {number: 7}, fd, {number: 1}, fd} {
+		if err := s.send(t, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	watched := func() (n int) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, s := range p.spaces {
+			if s.watched {
+				n++
+			}
+		}
+		return n
+	}
+	for end := time.Now().Add(10 * time.Second); watched() < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the processes are not taken in")
+		}
+	}
+	// As with a process that is killed: what it holds is closed, and nothing is said.
+	if err := theirs.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := (step{number: restoreFinished}).send(t, c); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Wait(t.Context()); err == nil || errors.Is(err, ErrNotRestored) {
+		t.Errorf("wait: %v", err)
+	}
+	if got := uffds(t); got != 2 {
+		t.Errorf("%d descriptors are held", got)
+	}
+	if !p.isRestored() {
+		t.Error("tasks may have run, and it does not say so")
 	}
 }
 
