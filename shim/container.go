@@ -178,7 +178,7 @@ func (c *container) begin(op string, state *taskAPI.StateResponse) bool {
 func (c *container) end() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.busy, c.state, c.prepare = "", nil, nil
+	c.busy, c.state, c.prepare, c.deletion = "", nil, nil, nil
 }
 
 // turn makes one operation follow another, unless another one was faster.

@@ -82,9 +82,7 @@ func (s *service) beginDeletion(ctx context.Context, c *container, state *taskAP
 		detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.DeleteTimeout)
 		defer cancel()
 		if d.resp, d.err = s.delete(detached, c, begin); d.err != nil {
-			c.mu.Lock()
-			c.busy, c.state, c.deletion = "", nil, nil // another may be begun
-			c.mu.Unlock()
+			c.end() // another may be begun
 		}
 		if ctx.Err() != nil {
 			log.G(ctx).WithError(d.err).WithField("took", time.Since(begin).Round(time.Millisecond)).Warn("a deletion ended after its caller had gone")

@@ -249,11 +249,9 @@ func (n *node) template(ctx context.Context, s service, set settings) (*template
 	if err != nil {
 		return nil, fmt.Errorf("source: %w", err)
 	}
-	var took []float64
-	for _, r := range requests {
-		took = append(took, ms(r.took))
-	}
-	t.warm = newLatency(took)
+	var warm wayReport
+	warm.add(timing{requests: requests})
+	t.warm = warm.Window
 	out, err := exec.CommandContext(ctx, "stasis", "template", "create", t.name, "-o", "json", "--pod", namespace+"/"+p.config.Metadata.Name).Output()
 	if err != nil {
 		if e := new(exec.ExitError); errors.As(err, &e) {
