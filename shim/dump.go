@@ -310,6 +310,7 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, mode
 		if err := thaw(cg); err != nil {
 			return nil, err
 		}
+		layOutMapped(ctx, stage.Dir())
 	}
 	if err := stage.Commit(ctx, m); err != nil {
 		return nil, err

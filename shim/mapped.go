@@ -79,13 +79,28 @@ func (s *service) mapMemory(c *container, p *pendingRestore) error {
 		return err
 	}
 	unix.Close(tree)
-	mapped, err := criu.OpenMappedMemory(filepath.Join(p.claim.Dir(), checkpoint.ImageDir))
+	mapped, err := criu.OpenMappedMemory(filepath.Join(p.claim.Dir(), checkpoint.MappedDir))
 	if err != nil {
 		return err // what is damaged is found so by those who read it next
 	}
 	p.mapped, p.eager = mapped, eagerMapped
 	p.record, p.checked = s.checkedBefore(p.claim)
 	return nil
+}
+
+// layOutMapped makes the images of a template for clones whose memory is mapped, or
+// records why there are none. A template without any is none the worse for other clones.
+func layOutMapped(ctx context.Context, dir string) {
+	begin, mapped := time.Now(), filepath.Join(dir, checkpoint.MappedDir)
+	err := criu.LayOutMapped(filepath.Join(dir, checkpoint.ImageDir), mapped)
+	if err == nil {
+		log.G(ctx).WithField("duration_ms", time.Since(begin).Milliseconds()).Debug("images for mapped memory")
+		return
+	}
+	if rerr := os.RemoveAll(mapped); rerr != nil {
+		err = errors.Join(err, rerr)
+	}
+	log.G(ctx).WithError(err).Warn("the template is made without images for mapped memory")
 }
 
 // confined tells whether a security module has rules of its own for the container.

@@ -143,11 +143,6 @@ func (s *service) prepareRestore(ctx context.Context, c *container, p *pendingRe
 	r.Mapped = p.mapped
 	p.request = r
 	p.plan, err = restore.Prepare(ctx, r)
-	if p.mapped != nil {
-		if cerr := p.mapped.Close(); cerr != nil {
-			log.G(ctx).WithError(cerr).Debug("close images")
-		}
-	}
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,10 @@ const (
 	ManifestFile = "manifest.json"
 	// ImageDir holds CRIU's images, flat as CRIU wrote them.
 	ImageDir = "checkpoint"
+	// MappedDir holds, in a template, the images that differ for clones whose memory is
+	// mapped. They are made of those in ImageDir when the template is, and leave its node
+	// in no archive.
+	MappedDir = "mapped"
 	// SpecFile is the OCI runtime spec of the dumped container.
 	SpecFile = "spec.dump"
 	// DumpLogFile is CRIU's log of the dump.
@@ -189,25 +193,25 @@ func (m *Manifest) Validate() error {
 // unchanged, and memory-backed volumes, do not count.
 func (m *Manifest) ResidentBytes() (n int64) {
 	for _, f := range m.Files {
-		if isPages(f.Path) {
+		if isPages(f.Path, ImageDir) {
 			n += f.SizeBytes
 		}
 	}
 	return n
 }
 
-// isPages tells whether a file of a checkpoint holds memory.
-func isPages(name string) bool {
-	ok, _ := path.Match(ImageDir+"/pages-*.img", name) // the pattern is valid
+// isPages tells whether a file of a checkpoint is in a directory of it and holds memory.
+func isPages(name, dir string) bool {
+	ok, _ := path.Match(dir+"/pages-*.img", name) // the pattern is valid
 	return ok
 }
 
-// Blocks are the files with checksums of their blocks, by their names in the
-// image directory.
+// Blocks are the files of the image directory with checksums of their blocks, by their
+// names in it.
 func (m *Manifest) Blocks() map[string]File {
 	files := map[string]File{}
 	for _, f := range m.Files {
-		if f.Blocks != nil {
+		if f.Blocks != nil && path.Dir(f.Path) == ImageDir {
 			files[path.Base(f.Path)] = f
 		}
 	}

@@ -80,7 +80,7 @@ type Request struct {
 	Host        checkpoint.Host
 	SwapBytes   int64 // that the node has; 0 where none may be used
 	CanMerge    bool  // the node's kernel can merge pages, see [criu.CanMerge]
-	// Mapped is the memory that is to be mapped from the claimed files; nil for none.
+	// Mapped is how memory is to be mapped from the claimed files; nil for none.
 	Mapped *criu.MappedMemory
 
 	// MinUptime is how long a restored container must have lived before it was
@@ -228,7 +228,7 @@ func (r *Request) lay(ctx context.Context, plan *Plan) error {
 		}
 	}
 	if r.Mapped != nil {
-		if err := r.Mapped.Write(r.ImageDir, merge); err != nil {
+		if err := r.Mapped.Use(r.ImageDir, merge); err != nil {
 			return err
 		}
 	}

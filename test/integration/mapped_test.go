@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -168,6 +169,29 @@ func TestMappedOtherwise(t *testing.T) {
 		c.p.wantOutcome(event.Restored, "", "memory is not mapped: process 1: it is no Java virtual machine")
 		c.p.remove()
 	})
+	t.Run("no images", func(t *testing.T) { // a template of an older stasis
+		name := uniqueKey(t)
+		removeTemplate(t, name)
+		command := warm(48, 0, "-XX:+UseSerialGC", "-Xmx160m")
+		source, src := warmTemplate(t, n, name, command)
+		source.remove()
+		dir := onlyVersion(t, name)
+		m := readManifest(t, dir)
+		m.Files = slices.DeleteFunc(m.Files, func(f checkpoint.File) bool { return strings.HasPrefix(f.Path, checkpoint.MappedDir+"/") })
+		b, err := m.Encode()
+		if err := errors.Join(err, os.WriteFile(filepath.Join(dir, checkpoint.ManifestFile), b, 0o600), os.RemoveAll(filepath.Join(dir, checkpoint.MappedDir))); err != nil {
+			t.Fatal(err)
+		}
+		p := clonePod(n, name, checkpoint.AnnotationMemory, "mapped")
+		if _, err := p.clone(command); err != nil {
+			t.Fatal(err)
+		}
+		if i, err := p.check(true); err != nil || i.id != src.id {
+			t.Fatalf("%+v, %v", i, err)
+		}
+		p.wantOutcome(event.Restored, "", "memory is not mapped: it was made without images for that")
+		p.remove()
+	})
 	t.Run("policy", func(t *testing.T) {
 		name, key := uniqueKey(t), uniqueKey(t)
 		removeTemplate(t, name)
@@ -221,11 +245,34 @@ func TestMappedDamage(t *testing.T) {
 	}
 	first.p.remove() // it has the file mapped that is damaged
 	source.remove()
+	damage(t, onlyVersion(t, name), "checkpoint/pages-1.img", false, flip)
+	wantNoClone(t, n, name, src, command)
+	// As well the images that are laid out for clones.
+	for _, file := range []string{"mm-1.img", "pages-1.img", "index.json"} {
+		t.Run(file, func(t *testing.T) {
+			n, name := newNode(t), uniqueKey(t)
+			removeTemplate(t, name)
+			source, src := warmTemplate(t, n, name, command)
+			source.remove()
+			damage(t, onlyVersion(t, name), filepath.Join(checkpoint.MappedDir, file), false, flip)
+			wantNoClone(t, n, name, src, command)
+		})
+	}
+}
+
+// onlyVersion is the directory of a template's version, of which there is one.
+func onlyVersion(t *testing.T, name string) string {
+	t.Helper()
 	dirs, _ := filepath.Glob(filepath.Join(storeRoot, "templates/default", name, "*"))
 	if len(dirs) != 1 {
 		t.Fatalf("versions %v", dirs)
 	}
-	damage(t, dirs[0], "checkpoint/pages-1.img", false, flip)
+	return dirs[0]
+}
+
+// wantNoClone starts what asks for a damaged template, and begins cold.
+func wantNoClone(t *testing.T, n *node, name string, src instance, command []string) {
+	t.Helper()
 	p := clonePod(n, name, checkpoint.AnnotationMemory, "mapped")
 	if _, err := p.clone(command); err != nil {
 		t.Fatal(err)
@@ -234,6 +281,7 @@ func TestMappedDamage(t *testing.T) {
 		t.Errorf("it began from a damaged template: %+v, %v", i, err)
 	}
 	wantEvent(t, p.config.Metadata.Uid, event.Quarantined, "corrupt")
+	p.remove()
 }
 
 // TestMappedFails: where CRIU cannot restore what is mapped it reads the memory, and the
@@ -249,12 +297,12 @@ func TestMappedFails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What was written for the mapped restore is taken away before CRIU reads it.
+	// What was linked for the mapped restore is taken away before CRIU reads it.
 	taken := make(chan error, 1)
 	go func() {
 		images := filepath.Join("/run/containerd/io.containerd.runtime.v2.task/k8s.io", c.id, "images")
 		for end := time.Now().Add(deadline); time.Now().Before(end); time.Sleep(time.Millisecond) {
-			if fi, err := os.Lstat(filepath.Join(images, "files.img")); err == nil && fi.Mode().IsRegular() {
+			if to, err := os.Readlink(filepath.Join(images, "mm-1.img")); err == nil && strings.Contains(to, "/"+checkpoint.MappedDir+"/") {
 				taken <- os.Remove(filepath.Join(images, "mm-1.img"))
 				return
 			}

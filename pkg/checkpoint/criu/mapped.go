@@ -1,12 +1,14 @@
 package criu
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
@@ -43,6 +45,9 @@ const (
 // it. Nothing is copied before a page is written to, and what nobody writes to is
 // there once, in the page cache, for all that were restored from it.
 //
+// Its images are laid out once, by [LayOutMapped], when a template is made, and are the
+// same for all that begin from it.
+//
 // It differs from what was dumped in two things that programs may notice.
 //
 // madvise(MADV_DONTNEED) brings back what was in the image, not zeroes, or, where a
@@ -60,20 +65,37 @@ const (
 type MappedMemory struct {
 	// Files hold memory. None may change as long as a process lives that was
 	// restored from it.
-	Files []MappedFile
+	Files []MappedFile `json:"files,omitempty"`
 	// Bytes and Segments are what is mapped, in how many mappings.
-	Bytes    uint64
-	Segments int
+	Bytes    uint64 `json:"bytes,omitempty"`
+	Segments int    `json:"segments,omitempty"`
 
-	dir   *images
-	tasks []mappedTask
+	dir string // as laid out
 }
 
 // MappedFile is a file of an image directory that a restore is to be given as a
 // descriptor, see [ConfigOptions.InheritFD].
 type MappedFile struct {
-	Key  string // letters, digits and "-"
-	Name string
+	Key  string `json:"key"` // letters, digits and "-"
+	Name string `json:"name"`
+}
+
+// mappedIndex is the file that says what is in a directory for mapped memory.
+const mappedIndex = "index.json"
+
+// mappedRules is raised with each change of what is mapped, or how: what was laid out
+// by other rules is not used.
+const mappedRules = 1
+
+// maxMappedIndex bounds the index; each process has a file in it.
+const maxMappedIndex = 4 << 20
+
+// indexOfMapped is the content of the index.
+type indexOfMapped struct {
+	Rules int `json:"rules"`
+	// Reason is why nothing is mapped.
+	Reason string `json:"reason,omitempty"`
+	MappedMemory
 }
 
 // mappedTask is a process of which runs are mapped.
@@ -97,18 +119,126 @@ type mappedRun struct {
 
 func (r mappedRun) end() uint64 { return r.addr + r.size }
 
-// OpenMappedMemory reads from the images what can be mapped. An error that matches
+// LayOutMapped makes dir, mode 0700, with the images that differ where the memory in
+// imageDir is mapped, for [OpenMappedMemory], or with the reason why nothing can be. The
+// image directory must hold the images themselves, see [OpenLazyMemory]. After an error
+// the caller removes what there is of dir.
+func LayOutMapped(imageDir, dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return fmt.Errorf("lay out memory to be mapped: %w", err)
+	}
+	index := indexOfMapped{Rules: mappedRules}
+	l, err := openLayout(imageDir)
+	if errors.Is(err, errdefs.ErrNotImplemented) {
+		index.Reason, err = strings.TrimSuffix(err.Error(), ": "+errdefs.ErrNotImplemented.Error()), nil
+	} else if err == nil {
+		index.MappedMemory = l.MappedMemory
+		err = errors.Join(l.write(dir), l.close())
+	}
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(index)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, mappedIndex), data, 0o600)
+}
+
+// OpenMappedMemory reads what [LayOutMapped] has made. An error that matches
+// [errdefs.ErrNotImplemented] says why nothing can be mapped.
+func OpenMappedMemory(dir string) (*MappedMemory, error) {
+	d, err := openImages(dir)
+	if absent(err) {
+		return nil, fmt.Errorf("it was made without images for that: %w", errdefs.ErrNotImplemented)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	f, _, err := openRegular(d.fd, mappedIndex, maxMappedIndex)
+	if err != nil {
+		return nil, fmt.Errorf("mapped memory: %w", err)
+	}
+	defer f.Close()
+	index := indexOfMapped{MappedMemory: MappedMemory{dir: dir}}
+	if err := json.NewDecoder(f).Decode(&index); err != nil {
+		return nil, d.corrupt(mappedIndex, "%v", err)
+	}
+	if index.Rules != mappedRules {
+		return nil, fmt.Errorf("it was made by another version of stasis: %w", errdefs.ErrNotImplemented)
+	}
+	if index.Reason != "" {
+		return nil, fmt.Errorf("%s: %w", printable([]byte(index.Reason)), errdefs.ErrNotImplemented)
+	}
+	if len(index.Files) == 0 {
+		return nil, d.corrupt(mappedIndex, "no files")
+	}
+	seen := map[string]bool{}
+	for _, f := range index.Files {
+		var pid, id uint32
+		if n, _ := fmt.Sscanf(f.Key, mappedKey+"%d", &pid); n != 1 || f.Key != keyOf(pid) || seen[f.Key] {
+			return nil, d.corrupt(mappedIndex, "key %q", printable([]byte(f.Key)))
+		}
+		if n, _ := fmt.Sscanf(f.Name, "pages-%d.img", &id); n != 1 || f.Name != pagesName(id) {
+			return nil, d.corrupt(mappedIndex, "file %q", printable([]byte(f.Name)))
+		}
+		seen[f.Key] = true
+	}
+	return &index.MappedMemory, checkFiles(d)
+}
+
+// Use changes dir, the view of the image directory that [LinkImages] made, into that of
+// a restore with mapped memory: it links what was laid out. [RearmTimers] and [SetMergeable]
+// must come before; with merge, memory that is not mapped is offered for merging.
+//
+// CRIU maps files for private mappings as it does for libraries (criu/files-reg.c:
+// open_filemap, open_path), and takes one that it was given a descriptor for
+// (criu/files.c: inherited_fd) wherever that lies.
+func (m *MappedMemory) Use(dir string, merge bool) error {
+	d, err := openImages(m.dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	names, err := d.names("*.img")
+	if err != nil {
+		return err
+	}
+	target, err := relative(dir, m.dir)
+	if err != nil {
+		return fmt.Errorf("link images: %w", err)
+	}
+	for _, name := range names {
+		link := filepath.Join(dir, name)
+		if err := errors.Join(os.Remove(link), os.Symlink(filepath.Join(target, name), link)); err != nil {
+			return fmt.Errorf("link images: %w", err)
+		}
+	}
+	if merge {
+		return SetMergeable(m.dir, dir, true)
+	}
+	return nil
+}
+
+// mappedLayout is what [LayOutMapped] writes.
+type mappedLayout struct {
+	MappedMemory
+	images *images
+	tasks  []mappedTask
+}
+
+// openLayout reads from the images what can be mapped. An error that matches
 // [errdefs.ErrNotImplemented] says why nothing can be, though the images are whole.
-// The directory must hold the images themselves, see [OpenLazyMemory].
-func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
+func openLayout(imageDir string) (_ *mappedLayout, err error) {
 	d, err := openImages(imageDir)
 	if err != nil {
 		return nil, err
 	}
-	m := &MappedMemory{dir: d}
+	m := &mappedLayout{images: d}
 	defer func() {
 		if err != nil {
-			m.Close()
+			m.close()
 		}
 	}()
 	tasks, err := d.tasks()
@@ -132,7 +262,7 @@ func OpenMappedMemory(imageDir string) (_ *MappedMemory, err error) {
 		if task.zombie() {
 			continue
 		}
-		t := mappedTask{pid: task.pid, mm: new(mm.MmEntry), key: fmt.Sprint(mappedKey, task.pid)}
+		t := mappedTask{pid: task.pid, mm: new(mm.MmEntry), key: keyOf(task.pid)}
 		if err := d.one(t.mm, fmt.Sprintf("mm-%d.img", t.pid), magicCommon, magicMM); err != nil {
 			return nil, err
 		}
@@ -230,9 +360,11 @@ func (d *images) mappedTask(t *mappedTask) error {
 	return err
 }
 
-// Close closes the files of the mapping.
-func (m *MappedMemory) Close() error {
-	errs := []error{m.dir.Close()}
+// keyOf is the name by which CRIU is given the memory of a process.
+func keyOf(pid uint32) string { return fmt.Sprint(mappedKey, pid) }
+
+func (m *mappedLayout) close() error {
+	errs := []error{m.images.Close()}
 	for _, t := range m.tasks {
 		errs = append(errs, t.pages.Close())
 	}
@@ -297,22 +429,17 @@ func mayHaveBlocks(v *vma.VmaEntry) bool {
 		v.GetFlags()&unix.MAP_NORESERVE == 0 && v.GetEnd() > firstTerabyte
 }
 
-// Write lays out the restore in dir, the view of the image directory that
-// [LinkImages] made: the mappings and files are replaced by those of the mapping, and
-// the pages by the few that are left for CRIU to read. [RearmTimers] and, with merge,
-// [SetMergeable] must come before; what they do to these images is done here, too.
-//
-// CRIU maps files for private mappings as it does for libraries (criu/files-reg.c:
-// open_filemap, open_path), and takes one that it was given a descriptor for
-// (criu/files.c: inherited_fd) wherever that lies.
-func (m *MappedMemory) Write(dir string, merge bool) error {
-	view, err := openImages(dir)
+// write writes the images: the mappings and files with those that are mapped, and the
+// few pages that are left for CRIU to read. What [RearmTimers] does, and [SetMergeable]
+// for memory that is not offered, is done here, too.
+func (m *mappedLayout) write(dir string) error {
+	to, err := openImages(dir)
 	if err != nil {
 		return err
 	}
-	defer view.Close()
+	defer to.Close()
 	var entries []proto.Message
-	err = each(m.dir, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
+	err = each(m.images, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
 		rearm(e)
 		entries = append(entries, proto.CloneOf(e))
 		return nil
@@ -329,23 +456,23 @@ func (m *MappedMemory) Write(dir string, merge bool) error {
 				Fown: &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)},
 			},
 		})
-		if err := t.write(m.dir, view, merge); err != nil {
+		if err := t.write(m.images, to); err != nil {
 			return err
 		}
 	}
-	return view.replace(filesImage, magicFiles, entries...)
+	return to.replace(filesImage, magicFiles, entries...)
 }
 
-func (t *mappedTask) write(d, view *images, merge bool) error {
+func (t *mappedTask) write(d, to *images) error {
 	e := proto.CloneOf(t.mm)
 	e.Vmas = t.split()
 	for _, v := range e.Vmas {
-		offer(v, merge)
+		offer(v, false)
 	}
-	if err := view.replace(fmt.Sprintf("mm-%d.img", t.pid), magicMM, e); err != nil {
+	if err := to.replace(fmt.Sprintf("mm-%d.img", t.pid), magicMM, e); err != nil {
 		return err
 	}
-	return t.writePages(d, view)
+	return t.writePages(d, to)
 }
 
 // split makes mappings of the file of pages where there are runs. What lies between
@@ -390,12 +517,9 @@ func (t *mappedTask) split() []*vma.VmaEntry {
 }
 
 // writePages writes the pagemap and the pages of what is not mapped.
-func (t *mappedTask) writePages(d, view *images) (err error) {
+func (t *mappedTask) writePages(d, to *images) (err error) {
 	pages := pagesName(t.pagesID)
-	if err := unix.Unlinkat(view.fd, pages, 0); err != nil {
-		return &os.PathError{Op: "unlink", Path: pages, Err: err}
-	}
-	fd, err := unix.Openat(view.fd, pages, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	fd, err := unix.Openat(to.fd, pages, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return &os.PathError{Op: "create", Path: pages, Err: err}
 	}
@@ -422,19 +546,19 @@ func (t *mappedTask) writePages(d, view *images) (err error) {
 			for len(runs) > 0 && runs[0].end() <= addr {
 				runs = runs[1:]
 			}
-			to := end // of what is left here, or of what is mapped
+			next := end // of what is left here, or of what is mapped
 			switch {
 			case len(runs) == 0 || runs[0].addr >= end:
 			case runs[0].addr > addr:
-				to = runs[0].addr
+				next = runs[0].addr
 			default:
 				addr = runs[0].end()
 				continue
 			}
-			if err := add(addr, to-addr, r.flags, off+addr-r.addr); err != nil {
+			if err := add(addr, next-addr, r.flags, off+addr-r.addr); err != nil {
 				return err
 			}
-			addr = to
+			addr = next
 		}
 		if r.flags&pagePresent != 0 {
 			off += size
@@ -444,7 +568,7 @@ func (t *mappedTask) writePages(d, view *images) (err error) {
 	if err != nil {
 		return err
 	}
-	return view.replace(name, magicPagemap, entries...)
+	return to.replace(name, magicPagemap, entries...)
 }
 
 // onlyReader hides what else a reader can do, so that the buffer is used.

@@ -175,8 +175,37 @@ func inPieces(t *testing.T, images string) string {
 	return images
 }
 
+// layOut lays images out to be mapped.
+func layOut(t *testing.T, images string) (dir string) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "mapped")
+	if err := LayOutMapped(images, dir); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// followed is a copy of a view as CRIU reads it, without links.
+func followed(t *testing.T, view string) string {
+	t.Helper()
+	out := t.TempDir()
+	entries, err := os.ReadDir(view)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		data, err := os.ReadFile(filepath.Join(view, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(out, e.Name()), data)
+	}
+	return out
+}
+
 func testMappedMemory(t *testing.T, images string) {
-	m, err := OpenMappedMemory(images)
+	dir := layOut(t, images)
+	m, err := OpenMappedMemory(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -184,28 +213,39 @@ func testMappedMemory(t *testing.T, images string) {
 	if len(m.Files) != 2 || m.Segments != 4 || m.Bytes != 120<<10 {
 		t.Errorf("%d files, %d segments, %d bytes", len(m.Files), m.Segments, m.Bytes)
 	}
-	view := viewOf(t, images)
-	if err := errors.Join(RearmTimers(images, view), SetMergeable(images, view, true), m.Write(view, true), m.Close()); err != nil {
-		t.Fatal(err)
-	}
-	rearmed := false
-	edit(t, view, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) {
-		rearmed = rearmed || e.GetTfd().GetVnsec() == 1
-	})
-	if !rearmed {
-		t.Error("a timer that had expired stays stopped")
-	}
-	for i, pid := range []uint32{1, 7} {
-		before, after := pagesOf(t, images, images, pid), pagesOf(t, view, images, pid)
-		if len(before) < 20 || !maps.Equal(before, after) {
-			t.Errorf("process %d: %d pages before, %d after, or other ones", pid, len(before), len(after))
+	for _, merge := range []bool{false, true} {
+		view := viewOf(t, images)
+		if err := errors.Join(RearmTimers(images, view), SetMergeable(images, view, merge), m.Use(view, merge)); err != nil {
+			t.Fatal(err)
 		}
-		if b, a := covered(t, images, pid), covered(t, view, pid); !slices.Equal(b, a) {
-			t.Errorf("process %d: mappings before\n%s\nafter\n%s", pid, strings.Join(b, "\n"), strings.Join(a, "\n"))
+		view = followed(t, view)
+		rearmed, offered := false, false
+		edit(t, view, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) {
+			rearmed = rearmed || e.GetTfd().GetVnsec() == 1
+		})
+		edit(t, view, "mm-1.img", magicMM, new(mm.MmEntry), func(e *mm.MmEntry) {
+			for _, v := range e.GetVmas() {
+				offered = offered || v.GetMadv()&(1<<unix.MADV_MERGEABLE) != 0
+			}
+		})
+		if !rearmed {
+			t.Error("a timer that had expired stays stopped")
 		}
-		left, err := os.Stat(filepath.Join(view, m.Files[i].Name))
-		if err != nil || left.Mode() != 0o600 || left.Size() != int64(len(before)-15)*PageSize {
-			t.Errorf("process %d: %v, %v, of %d pages", pid, left, err, len(before))
+		if offered != merge {
+			t.Errorf("memory is offered: %v, want %v", offered, merge)
+		}
+		for i, pid := range []uint32{1, 7} {
+			before, after := pagesOf(t, images, images, pid), pagesOf(t, view, images, pid)
+			if len(before) < 20 || !maps.Equal(before, after) {
+				t.Errorf("process %d: %d pages before, %d after, or other ones", pid, len(before), len(after))
+			}
+			if b, a := covered(t, images, pid), covered(t, view, pid); !slices.Equal(b, a) {
+				t.Errorf("process %d: mappings before\n%s\nafter\n%s", pid, strings.Join(b, "\n"), strings.Join(a, "\n"))
+			}
+			left, err := os.Stat(filepath.Join(dir, m.Files[i].Name))
+			if err != nil || left.Mode() != 0o600 || left.Size() != int64(len(before)-15)*PageSize {
+				t.Errorf("process %d: %v, %v, of %d pages", pid, left, err, len(before))
+			}
 		}
 	}
 	// Nothing was written through a link.
@@ -213,6 +253,59 @@ func testMappedMemory(t *testing.T, images string) {
 		if st, err := os.Stat(filepath.Join(images, f.Name)); err != nil || st.Size() != samplePages*PageSize {
 			t.Errorf("the original was changed: %v, %v", st, err)
 		}
+	}
+}
+
+// TestOpenMappedMemory: what is damaged, missing or of another version is no reason to
+// map anything.
+func TestOpenMappedMemory(t *testing.T) {
+	index := func(s string) func(t *testing.T, dir string) {
+		return func(t *testing.T, dir string) { write(t, filepath.Join(dir, mappedIndex), []byte(s)) }
+	}
+	for name, tc := range map[string]struct {
+		damage func(t *testing.T, dir string)
+		want   error
+		text   string
+	}{
+		"none": {func(t *testing.T, dir string) {
+			if err := os.RemoveAll(dir); err != nil {
+				t.Fatal(err)
+			}
+		}, errdefs.ErrNotImplemented, "made without images for that"},
+		"other rules":      {index(`{"rules":0,"files":[{"key":"stasis-memory-1","name":"pages-2.img"}]}`), errdefs.ErrNotImplemented, "another version"},
+		"a reason":         {index(fmt.Sprintf(`{"rules":%d,"reason":"it has\u001b wings"}`, mappedRules)), errdefs.ErrNotImplemented, "it has? wings"},
+		"no files":         {index(fmt.Sprintf(`{"rules":%d}`, mappedRules)), checkpoint.ErrCorrupt, "no files"},
+		"a path":           {index(fmt.Sprintf(`{"rules":%d,"files":[{"key":"stasis-memory-1","name":"../pages-2.img"}]}`, mappedRules)), checkpoint.ErrCorrupt, "file"},
+		"more than a name": {index(fmt.Sprintf(`{"rules":%d,"files":[{"key":"stasis-memory-1","name":"pages-2.img/../x"}]}`, mappedRules)), checkpoint.ErrCorrupt, "file"},
+		"another key":      {index(fmt.Sprintf(`{"rules":%d,"files":[{"key":"stasis-memory-1 x","name":"pages-2.img"}]}`, mappedRules)), checkpoint.ErrCorrupt, "key"},
+		"a key twice":      {index(fmt.Sprintf(`{"rules":%d,"files":[{"key":"stasis-memory-1","name":"pages-2.img"},{"key":"stasis-memory-1","name":"pages-3.img"}]}`, mappedRules)), checkpoint.ErrCorrupt, "key"},
+		"no JSON":          {index("rules"), checkpoint.ErrCorrupt, mappedIndex},
+		"a link": {func(t *testing.T, dir string) {
+			name := filepath.Join(dir, mappedIndex)
+			if err := errors.Join(os.Rename(name, name+"2"), os.Symlink(mappedIndex+"2", name)); err != nil {
+				t.Fatal(err)
+			}
+		}, checkpoint.ErrCorrupt, mappedIndex},
+		"too large": {func(t *testing.T, dir string) {
+			if err := os.Truncate(filepath.Join(dir, mappedIndex), maxMappedIndex+1); err != nil {
+				t.Fatal(err)
+			}
+		}, checkpoint.ErrCorrupt, mappedIndex},
+		"a file climbs out": {func(t *testing.T, dir string) {
+			edit(t, dir, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) {
+				if e.GetReg() != nil {
+					e.Reg.Name = proto.String("/../etc/shadow")
+				}
+			})
+		}, checkpoint.ErrIncompatible, "open file"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := layOut(t, jvmImages(t))
+			tc.damage(t, dir)
+			if _, err := OpenMappedMemory(dir); !errors.Is(err, tc.want) || !strings.Contains(err.Error(), tc.text) {
+				t.Errorf("%v, want %v with %q", err, tc.want, tc.text)
+			}
+		})
 	}
 }
 
@@ -360,9 +453,10 @@ func TestMappedMemoryRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			images := jvmImages(t)
 			tc.damage(t, images)
-			m, err := OpenMappedMemory(images)
+			dir := filepath.Join(t.TempDir(), "mapped")
+			err := LayOutMapped(images, dir)
 			if err == nil {
-				m.Close()
+				_, err = OpenMappedMemory(dir)
 			}
 			if !errors.Is(err, tc.want) || err != nil && !strings.Contains(err.Error(), tc.text) {
 				t.Errorf("%v, want %v with %q", err, tc.want, tc.text)
@@ -383,13 +477,12 @@ func TestMappedMemoryRefused(t *testing.T) {
 	for _, library := range []string{"/usr/lib/libjemalloc.so.2", "/opt/java/lib/default/libj9vm29.so"} {
 		rename(last, library)(t, images)
 		last = library
-		m, err := OpenMappedMemory(images)
+		m, err := OpenMappedMemory(layOut(t, images))
 		if err != nil {
 			t.Fatal(err) // the other process can be mapped
 		}
 		if len(m.Files) != 1 || m.Files[0].Key != "stasis-memory-7" {
 			t.Errorf("%s: %+v", library, m.Files)
 		}
-		m.Close()
 	}
 }
