@@ -137,13 +137,15 @@ func (c *container) giveMemory(p *pendingRestore) (release func(), err error) {
 	}
 	defer unix.Close(tree)
 	for _, f := range p.mapped.Files {
-		fd, err := openInherited(tree, f.Name)
-		if err != nil {
-			release()
-			return nil, fmt.Errorf("map memory: %w", err)
+		for _, key := range f.Keys {
+			fd, err := openInherited(tree, f.Name)
+			if err != nil {
+				release()
+				return nil, fmt.Errorf("map memory: %w", err)
+			}
+			fds = append(fds, fd)
+			o.InheritFD[key] = fd
 		}
-		fds = append(fds, fd)
-		o.InheritFD[f.Key] = fd
 	}
 	if err := c.writeCRIUConfig(o); err != nil {
 		release()

@@ -32,10 +32,10 @@ const (
 	maxMappedVMAs = 1 << 14
 	// maxLeft bounds the bytes that are left for CRIU to read, for they are copied.
 	maxLeft = 64 << 20
-	// mremapEvery is how far apart pages are left out where malloc may have blocks of
-	// its own, see [MappedMemory]. A block is larger: DEFAULT_MMAP_THRESHOLD_MIN of glibc
-	// and MMAP_THRESHOLD of musl are 128 KiB with the heads of blocks.
-	mremapEvery = 128 << 10
+	// mremapEvery is the size from which on no mapping is one where malloc may have
+	// blocks of its own, see [MappedMemory]. A block is larger: DEFAULT_MMAP_THRESHOLD_MIN
+	// of glibc and MMAP_THRESHOLD of musl are 128 KiB with the heads of blocks.
+	mremapEvery = 124 << 10
 	// mappedKey begins the names by which CRIU is given files of pages.
 	mappedKey = "stasis-memory-"
 )
@@ -60,8 +60,10 @@ const (
 //
 // mremap that makes a mapping larger would bring more of the file, and beyond its end
 // SIGBUS. realloc calls it for large blocks. So no block is one mapping: in memory where
-// there may be any, a page is left out every 128 KiB, and is anonymous. The kernel
-// refuses to enlarge several mappings at once, and realloc copies the block.
+// there may be any, the file is mapped in pieces that are smaller, from two descriptors in
+// turn that were opened each by itself, so that the kernel does not join them (mm/vma.c:
+// is_mergeable_vma). It refuses to enlarge several mappings at once (mm/mremap.c:
+// check_prep_vma), and realloc copies the block.
 type MappedMemory struct {
 	// Files hold memory. None may change as long as a process lives that was
 	// restored from it.
@@ -73,11 +75,12 @@ type MappedMemory struct {
 	dir string // as laid out
 }
 
-// MappedFile is a file of an image directory that a restore is to be given as a
-// descriptor, see [ConfigOptions.InheritFD].
+// MappedFile is a file of an image directory that a restore is to be given as
+// descriptors, see [ConfigOptions.InheritFD].
 type MappedFile struct {
-	Key  string `json:"key"` // letters, digits and "-"
 	Name string `json:"name"`
+	// Keys are of letters, digits and "-"; for each the file must be opened anew.
+	Keys []string `json:"keys"`
 }
 
 // mappedIndex is the file that says what is in a directory for mapped memory.
@@ -88,7 +91,7 @@ const mappedIndex = "index.json"
 const mappedRules = 1
 
 // maxMappedIndex bounds the index; each process has a file in it.
-const maxMappedIndex = 4 << 20
+const maxMappedIndex = 8 << 20
 
 // indexOfMapped is the content of the index.
 type indexOfMapped struct {
@@ -106,8 +109,7 @@ type mappedTask struct {
 	left    uint64      // bytes of the other pages
 	pages   *os.File
 	pagesID uint32
-	fileID  uint32
-	key     string
+	fileID  uint32 // of the first descriptor; those of the others follow
 }
 
 // mappedRun is memory within one mapping whose content lies in one piece in the file
@@ -115,9 +117,15 @@ type mappedTask struct {
 type mappedRun struct {
 	addr, size uint64
 	off        uint64
+	descriptor uint32 // of those of the file
 }
 
 func (r mappedRun) end() uint64 { return r.addr + r.size }
+
+// goesOn tells whether the kernel would join the mapping of another run with this one.
+func (r mappedRun) goesOn(next mappedRun) bool {
+	return r.end() == next.addr && r.off+r.size == next.off && r.descriptor == next.descriptor
+}
 
 // LayOutMapped makes dir, mode 0700, with the images that differ where the memory in
 // imageDir is mapped, for [OpenMappedMemory], or with the reason why nothing can be. The
@@ -176,14 +184,18 @@ func OpenMappedMemory(dir string) (*MappedMemory, error) {
 	}
 	seen := map[string]bool{}
 	for _, f := range index.Files {
-		var pid, id uint32
-		if n, _ := fmt.Sscanf(f.Key, mappedKey+"%d", &pid); n != 1 || f.Key != keyOf(pid) || seen[f.Key] {
-			return nil, d.corrupt(mappedIndex, "key %q", printable([]byte(f.Key)))
-		}
+		var id uint32
 		if n, _ := fmt.Sscanf(f.Name, "pages-%d.img", &id); n != 1 || f.Name != pagesName(id) {
 			return nil, d.corrupt(mappedIndex, "file %q", printable([]byte(f.Name)))
 		}
-		seen[f.Key] = true
+		for _, key := range f.Keys {
+			var pid uint32
+			var i int
+			if n, _ := fmt.Sscanf(key, mappedKey+"%d-%d", &pid, &i); n != 2 || key != keyOf(pid, i) || seen[key] {
+				return nil, d.corrupt(mappedIndex, "key %q", printable([]byte(key)))
+			}
+			seen[key] = true
+		}
 	}
 	return &index.MappedMemory, checkFiles(d)
 }
@@ -262,17 +274,17 @@ func openLayout(imageDir string) (_ *mappedLayout, err error) {
 		if task.zombie() {
 			continue
 		}
-		t := mappedTask{pid: task.pid, mm: new(mm.MmEntry), key: keyOf(task.pid)}
+		t := mappedTask{pid: task.pid, mm: new(mm.MmEntry)}
 		if err := d.one(t.mm, fmt.Sprintf("mm-%d.img", t.pid), magicCommon, magicMM); err != nil {
 			return nil, err
 		}
 		reason := mustNotMap(t.mm, files)
 		if reason == nil {
-			if next >= math.MaxInt32 {
+			if next > math.MaxInt32-descriptors {
 				return nil, d.corrupt(filesImage, "file id %d", next)
 			}
-			next++
-			t.fileID = next
+			t.fileID = next + 1
+			next += descriptors
 			if err := d.mappedTask(&t); err != nil {
 				return nil, err
 			}
@@ -287,7 +299,7 @@ func openLayout(imageDir string) (_ *mappedLayout, err error) {
 			continue
 		}
 		m.tasks = append(m.tasks, t)
-		m.Files = append(m.Files, MappedFile{Key: t.key, Name: pagesName(t.pagesID)})
+		m.Files = append(m.Files, MappedFile{pagesName(t.pagesID), t.keys()})
 		m.Segments += len(t.runs)
 		for _, r := range t.runs {
 			m.Bytes += r.size
@@ -321,17 +333,14 @@ func (d *images) mappedTask(t *mappedTask) error {
 				return d.corrupt(name, "pages at %#x, where nothing is mapped", addr)
 			}
 			v := vmas[0]
-			part := mappedRun{addr, min(end, v.GetEnd()) - addr, off + addr - r.addr}
+			part := mappedRun{addr: addr, size: min(end, v.GetEnd()) - addr, off: off + addr - r.addr}
 			mapped := canBeMapped(v)
 			if mapped && mayHaveBlocks(v) {
-				if mapped = addr%mremapEvery != 0; mapped {
-					part.size = min(part.size, mremapEvery-addr%mremapEvery)
-				} else {
-					part.size = PageSize
-				}
+				part.size = min(part.size, mremapEvery-addr%mremapEvery)
+				part.descriptor = uint32(addr / mremapEvery % descriptors)
 			}
 			switch last := len(t.runs) - 1; {
-			case mapped && last >= 0 && addr > v.GetStart() && t.runs[last].end() == addr && t.runs[last].off+t.runs[last].size == part.off:
+			case mapped && last >= 0 && addr > v.GetStart() && t.runs[last].goesOn(part):
 				t.runs[last].size += part.size // a run of CRIU's is no larger than a pipe of its dump
 			case mapped && part.size >= minMapped:
 				t.runs = append(t.runs, part)
@@ -360,8 +369,18 @@ func (d *images) mappedTask(t *mappedTask) error {
 	return err
 }
 
-// keyOf is the name by which CRIU is given the memory of a process.
-func keyOf(pid uint32) string { return fmt.Sprint(mappedKey, pid) }
+// descriptors is from how many a file is mapped.
+const descriptors = 2
+
+// keyOf is the name by which CRIU is given a descriptor for the memory of a process.
+func keyOf(pid uint32, i int) string { return fmt.Sprintf("%s%d-%d", mappedKey, pid, i) }
+
+func (t *mappedTask) keys() (keys []string) {
+	for i := range descriptors {
+		keys = append(keys, keyOf(t.pid, i))
+	}
+	return keys
+}
 
 func (m *mappedLayout) close() error {
 	errs := []error{m.images.Close()}
@@ -449,13 +468,16 @@ func (m *mappedLayout) write(dir string) error {
 	}
 	for i := range m.tasks {
 		t := &m.tasks[i]
-		entries = append(entries, &fdinfo.FileEntry{
-			Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(t.fileID),
-			Reg: &regfile.RegFileEntry{
-				Id: proto.Uint32(t.fileID), Flags: proto.Uint32(unix.O_RDONLY), Pos: proto.Uint64(0), Name: proto.String("/" + t.key),
-				Fown: &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)},
-			},
-		})
+		for i, key := range t.keys() {
+			id := t.fileID + uint32(i)
+			entries = append(entries, &fdinfo.FileEntry{
+				Type: fdinfo.FdTypes_REG.Enum(), Id: &id,
+				Reg: &regfile.RegFileEntry{
+					Id: &id, Flags: proto.Uint32(unix.O_RDONLY), Pos: proto.Uint64(0), Name: proto.String("/" + key),
+					Fown: &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)},
+				},
+			})
+		}
 		if err := t.write(m.images, to); err != nil {
 			return err
 		}
@@ -504,7 +526,7 @@ func (t *mappedTask) split() []*vma.VmaEntry {
 			at = r.end()
 			p := part(r.addr, at)
 			p.Pgoff = proto.Uint64(r.off)
-			p.Shmid = proto.Uint64(uint64(t.fileID))
+			p.Shmid = proto.Uint64(uint64(t.fileID + r.descriptor))
 			p.Flags = proto.Uint32(v.GetFlags() &^ unix.MAP_ANONYMOUS)
 			p.Status = proto.Uint32(v.GetStatus()&^(vmaAnonPrivate) | vmaFilePrivate)
 			p.Fdflags = proto.Uint32(unix.O_RDONLY)
