@@ -117,9 +117,12 @@ func (p *pendingRestore) took(name string) (d time.Duration) {
 	return d
 }
 
-// deferred are the files that a pager checks as it reads them, and those that were
-// checked before another clone mapped them.
+// deferred are the files that a pager checks as it reads them, those that were checked
+// before another clone mapped them, and those that only such a clone needs.
 func (p *pendingRestore) deferred(f checkpoint.File) bool {
+	if f.OfMapped() {
+		return p.checked || p.mapped == nil && p.unmapped == ""
+	}
 	return (p.unverified || p.checked) && f.Blocks != nil
 }
 

@@ -310,7 +310,11 @@ func (s *service) dumpAndCommit(ctx context.Context, c *container, pid int, mode
 		if err := thaw(cg); err != nil {
 			return nil, err
 		}
-		layOutMapped(ctx, stage.Dir())
+		took, err := layOutMapped(ctx, stage.Dir())
+		if err != nil {
+			return nil, err
+		}
+		m.Timings.CopyMicros += took.Microseconds()
 	}
 	if err := stage.Commit(ctx, m); err != nil {
 		return nil, err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -90,17 +91,25 @@ func (s *service) mapMemory(c *container, p *pendingRestore) error {
 
 // layOutMapped makes the images of a template for clones whose memory is mapped, or
 // records why there are none. A template without any is none the worse for other clones.
-func layOutMapped(ctx context.Context, dir string) {
+func layOutMapped(ctx context.Context, dir string) (took time.Duration, err error) {
 	begin, mapped := time.Now(), filepath.Join(dir, checkpoint.MappedDir)
-	err := criu.LayOutMapped(filepath.Join(dir, checkpoint.ImageDir), mapped)
-	if err == nil {
-		log.G(ctx).WithField("duration_ms", time.Since(begin).Milliseconds()).Debug("images for mapped memory")
-		return
+	lerr := criu.LayOutMapped(ctx, filepath.Join(dir, checkpoint.ImageDir), mapped)
+	if ctx.Err() != nil {
+		return 0, context.Cause(ctx)
 	}
-	if rerr := os.RemoveAll(mapped); rerr != nil {
-		err = errors.Join(err, rerr)
+	if lerr != nil {
+		log.G(ctx).WithError(lerr).Warn("the template is made without images for mapped memory")
+		err = os.RemoveAll(mapped)
 	}
-	log.G(ctx).WithError(err).Warn("the template is made without images for mapped memory")
+	return time.Since(begin), err
+}
+
+// laidOut tells whether a template has what its clones need for mapped memory, or the
+// reason why that cannot be.
+func laidOut(m *checkpoint.Manifest) bool {
+	return slices.ContainsFunc(m.Files, func(f checkpoint.File) bool {
+		return f.Path == checkpoint.MappedDir+"/"+criu.MappedIndex
+	})
 }
 
 // confined tells whether a security module has rules of its own for the container.
@@ -219,11 +228,12 @@ func (s *service) checkedName(m *checkpoint.Manifest) string {
 	return filepath.Join(s.config.RuntimeDir, "checked", m.Identity.Namespace+"."+m.Template)
 }
 
-// memoryFiles are the claimed files with blocks, as they are now.
+// memoryFiles are the claimed files that are mapped, and those needed for that, as they
+// are now.
 func memoryFiles(of claim) ([]checkedFile, error) {
 	var out []checkedFile
 	for _, f := range of.Manifest().Files {
-		if f.Blocks == nil {
+		if f.Blocks == nil && !f.OfMapped() {
 			continue
 		}
 		var st unix.Stat_t

@@ -1,12 +1,19 @@
 package shim
 
 import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 )
 
 func TestUnmappable(t *testing.T) {
@@ -41,6 +48,69 @@ func TestUnmappable(t *testing.T) {
 		}
 		if !strings.Contains(got, tt.want) || got != "" && tt.want == "" {
 			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+// TestLayOutMapped: a template whose images cannot be laid out is made all the same, with
+// the reason or without any; who gives up has his error.
+func TestLayOutMapped(t *testing.T) {
+	stage := func() (dir, mapped string) {
+		dir = t.TempDir()
+		if err := os.Mkdir(filepath.Join(dir, checkpoint.ImageDir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		return dir, filepath.Join(dir, checkpoint.MappedDir)
+	}
+	dir, mapped := stage()
+	if _, err := layOutMapped(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := criu.OpenMappedMemory(mapped); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "inventory.img") && !strings.Contains(err.Error(), "pstree.img") {
+		t.Errorf("images of nothing: %v", err)
+	}
+	dir, mapped = stage()
+	if err := os.WriteFile(mapped, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := layOutMapped(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(mapped); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what could not be made is left: %v", err)
+	}
+	dir, _ = stage()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errAbandoned)
+	if _, err := layOutMapped(ctx, dir); !errors.Is(err, errAbandoned) {
+		t.Errorf("given up: %v", err)
+	}
+}
+
+// TestDeferred: only what somebody else checks, or has checked, or nobody reads, is not
+// compared with its checksum before a restore.
+func TestDeferred(t *testing.T) {
+	image := checkpoint.File{Path: "checkpoint/core-1.img"}
+	pages := checkpoint.File{Path: "checkpoint/pages-1.img", Blocks: new(checkpoint.Blocks)}
+	left := checkpoint.File{Path: "mapped/pages-1.img"}
+	for name, tc := range map[string]struct {
+		p    pendingRestore
+		want []checkpoint.File
+	}{
+		"read by CRIU":                {pendingRestore{}, []checkpoint.File{left}},
+		"filled by a pager":           {pendingRestore{unverified: true}, []checkpoint.File{pages, left}},
+		"mapped first":                {pendingRestore{mapped: new(criu.MappedMemory)}, nil},
+		"mapped":                      {pendingRestore{mapped: new(criu.MappedMemory), checked: true}, []checkpoint.File{pages, left}},
+		"filled, as not to be mapped": {pendingRestore{unverified: true, unmapped: "damaged"}, []checkpoint.File{pages}},
+	} {
+		var got []checkpoint.File
+		for _, f := range []checkpoint.File{image, pages, left} {
+			if tc.p.deferred(f) {
+				got = append(got, f)
+			}
+		}
+		if !reflect.DeepEqual(got, tc.want) {
+			t.Errorf("%s: %v, want %v", name, got, tc.want)
 		}
 	}
 }

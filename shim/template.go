@@ -122,8 +122,11 @@ func (s *service) promote(ctx context.Context, id string) (control.Promotion, er
 }
 
 // fits tells whether another container like this one would begin from the
-// template on this node.
+// template on this node, and as it wants to.
 func (s *service) fits(c *container, m *checkpoint.Manifest) bool {
+	if c.settings.Memory == checkpoint.MemoryMapped && !laidOut(m) {
+		return false // of an older version
+	}
 	facts, err := criu.ReadHostFacts(filepath.Join(s.config.RuntimeDir, hostFactsFile))
 	return err == nil && criu.CheckHost(m.Host, facts) == nil && m.ImageDigest == c.annotations[checkpoint.InternalImageDigest] &&
 		len(m.Fingerprint.Diff(c.fingerprint)) == 0

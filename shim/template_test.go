@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -304,6 +305,23 @@ func TestPromote(t *testing.T) {
 	if again := promote(true); again != first {
 		t.Errorf("version %s, want %s", again, first)
 	}
+	// One of an older stasis is none for a container whose memory is to be mapped.
+	old, err := st.LatestTemplate(t.Context(), c.identity.Namespace, "shop")
+	if err != nil {
+		t.Fatal(err)
+	}
+	old.Files = slices.DeleteFunc(old.Files, checkpoint.File.OfMapped)
+	dir := filepath.Join(st.Root(), "templates", c.identity.Namespace, "shop", string(first))
+	data, err := old.Encode()
+	if err := errors.Join(err, os.WriteFile(filepath.Join(dir, checkpoint.ManifestFile), data, 0o600), os.RemoveAll(filepath.Join(dir, checkpoint.MappedDir))); err != nil {
+		t.Fatal(err)
+	}
+	promote(true)
+	c.settings.Memory = checkpoint.MemoryMapped
+	if again := promote(false); again == first {
+		t.Error("it is not made anew")
+	}
+	promote(true)
 	// Another image, or another spec, makes another version.
 	c.annotations[checkpoint.InternalImageDigest] = "sha256:other"
 	second := promote(false)

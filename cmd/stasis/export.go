@@ -148,6 +148,9 @@ func (a *archiver) write(ctx context.Context, m *checkpoint.Manifest) error {
 		RootfsImage: m.ImageName, RootfsImageName: m.ImageName, RootfsImageRef: m.ImageDigest,
 		CreatedTime: m.CreatedAt.Add(-time.Duration(m.UptimeMillis) * time.Millisecond), CheckpointedAt: m.CreatedAt,
 	}
+	whole := *m
+	m = &whole
+	m.Files = slices.DeleteFunc(slices.Clone(m.Files), checkpoint.File.OfMapped) // made of the others, for this node
 	manifest, err := m.Encode()
 	if err != nil {
 		return err

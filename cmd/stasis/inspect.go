@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
@@ -65,9 +66,10 @@ func (c *cli) inspect(r store.Record, p parts) (err error) {
 	if c.output == "json" {
 		out := struct {
 			recordJSON
+			Mapped      *mappedJSON  `json:"mapped,omitempty"`
 			Images      *criu.Report `json:"images,omitempty"`
 			ImagesError string       `json:"imagesError,omitempty"`
-		}{recordJSON: toJSON(r), Images: report}
+		}{recordJSON: toJSON(r), Mapped: mappedMemory(r), Images: report}
 		if imageErr != nil {
 			out.ImagesError = imageErr.Error()
 		}
@@ -81,6 +83,32 @@ func (c *cli) inspect(r store.Record, p parts) (err error) {
 		err = errors.Join(err, fmt.Errorf("checkpoint %s: %w", r.ID, imageErr))
 	}
 	return err
+}
+
+// mappedJSON is what of a template's memory its clones can map, or why they cannot.
+type mappedJSON struct {
+	Bytes    uint64 `json:"bytes"`
+	Segments int    `json:"segments"` // mappings
+	Reason   string `json:"reason,omitempty"`
+}
+
+// mappedMemory is nil for what is no template.
+func mappedMemory(r store.Record) *mappedJSON {
+	if r.Manifest == nil || r.Manifest.Template == "" {
+		return nil
+	}
+	m, err := criu.OpenMappedMemory(filepath.Join(r.Path, checkpoint.MappedDir))
+	if err != nil {
+		return &mappedJSON{Reason: strings.TrimSuffix(err.Error(), ": "+errdefs.ErrNotImplemented.Error())}
+	}
+	return &mappedJSON{Bytes: m.Bytes, Segments: m.Segments}
+}
+
+func (m *mappedJSON) String() string {
+	if m.Reason != "" {
+		return "not possible: " + m.Reason
+	}
+	return fmt.Sprintf("%s in %d mappings", size(int64(m.Bytes)), m.Segments)
 }
 
 func (p parts) filter(r *criu.Report) {
@@ -119,6 +147,7 @@ func (c *cli) printRecord(r store.Record) error {
 		t.row("Identity:", m.Identity.String())
 		if m.Template != "" {
 			t.row("Template:", m.Identity.Namespace+"/"+m.Template)
+			t.row("Mapped memory:", mappedMemory(r).String())
 		}
 		t.row("Created:", m.CreatedAt.UTC().Format("2006-01-02 15:04:05 UTC")+" ("+age(m.CreatedAt)+" ago)")
 		t.row("Pod:", m.PodName+" "+m.PodUID)

@@ -13,8 +13,10 @@ import (
 	"github.com/containerd/errdefs"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/stasis-containers/stasis/internal/testenv"
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/control"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/store"
 )
 
@@ -110,6 +112,9 @@ func TestTemplates(t *testing.T) {
 		t.Errorf("%+v, %v", list, err)
 	}
 	if out := s.must("template", "inspect", "default/shop"); !strings.Contains(out, v2) || !strings.Contains(out, "Template:") || !strings.Contains(out, "Mappings") {
+		t.Errorf("inspect:\n%s", out)
+	}
+	if out := s.must("template", "inspect", "default/shop"); !strings.Contains(out, "not possible: it was made without images for that") {
 		t.Errorf("inspect:\n%s", out)
 	}
 	if out := s.must("template", "inspect", "default/shop@"+v1[:20]); !strings.Contains(out, v1) {
@@ -216,4 +221,40 @@ func TestTemplateSample(t *testing.T) {
 			t.Errorf("the program does not tell of the hook: %v", err)
 		}
 	}
+}
+
+// TestExportTemplate: what is laid out for the clones of a node gets into no archive.
+func TestExportTemplate(t *testing.T) {
+	testenv.Need(t, testenv.Root)
+	s := newStore(t)
+	id := s.add("a", time.Now(), func(dir string, m *checkpoint.Manifest) {
+		m.Template = "shop"
+		if err := criu.LayOutMapped(t.Context(), filepath.Join(dir, checkpoint.ImageDir), filepath.Join(dir, checkpoint.MappedDir)); err != nil {
+			t.Fatal(err)
+		}
+	})
+	var inspected struct{ Mapped mappedJSON }
+	if err := json.Unmarshal([]byte(s.must("template", "inspect", "default/shop", "-o", "json")), &inspected); err != nil || !strings.Contains(inspected.Mapped.Reason, "no Java virtual machine") {
+		t.Errorf("%+v, %v", inspected, err)
+	}
+	if err := s.QuarantineTemplate(t.Context(), store.TemplateRef{Namespace: "default", Name: "shop", Version: id}, "for the test", nil); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "shop.tar")
+	s.must("export", string(id), file)
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	got := members(t, f)
+	for name := range got {
+		if strings.HasPrefix(name, checkpoint.MappedDir) {
+			t.Errorf("%s is in the archive", name)
+		}
+	}
+	if b := got[checkpoint.ManifestFile]; len(b) == 0 || strings.Contains(string(b), checkpoint.MappedDir+"/") {
+		t.Errorf("manifest %s", b)
+	}
+	s.must("import", file, "-n", "prod", "--key", "b", "--container", "c2")
 }

@@ -32,7 +32,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // BlockBytes is the size of the blocks for which checksums are to be kept of a
 // file of a checkpoint; 0 for none.
 func BlockBytes(path string, sizeBytes int64) int64 {
-	if !isPages(path, ImageDir) && !isPages(path, MappedDir) || sizeBytes < minBlocksFile {
+	if !isPages(path) || sizeBytes < minBlocksFile {
 		return 0
 	}
 	for size := int64(minBlockBytes); size <= maxBlockBytes; size *= 2 {

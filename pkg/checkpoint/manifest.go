@@ -17,8 +17,8 @@ const (
 	// ImageDir holds CRIU's images, flat as CRIU wrote them.
 	ImageDir = "checkpoint"
 	// MappedDir holds, in a template, the images that differ for clones whose memory is
-	// mapped. They are made of those in ImageDir when the template is, and leave its node
-	// in no archive.
+	// mapped. They are made of those in ImageDir when the template is, and no archive has
+	// them.
 	MappedDir = "mapped"
 	// SpecFile is the OCI runtime spec of the dumped container.
 	SpecFile = "spec.dump"
@@ -114,7 +114,7 @@ type Timings struct {
 	FreezeMicros int64 `json:"freezeMicros"`
 	CRIUMicros   int64 `json:"criuMicros"`   // the dump call as a whole
 	FrozenMicros int64 `json:"frozenMicros"` // of which tasks were frozen by CRIU itself
-	CopyMicros   int64 `json:"copyMicros"`   // writable layer and volumes
+	CopyMicros   int64 `json:"copyMicros"`   // writable layer and volumes, a template's images for mapped memory
 	FsyncMicros  int64 `json:"fsyncMicros"`
 	CommitMicros int64 `json:"commitMicros"` // checksums, manifest, rename, fsync of the parent
 }
@@ -129,6 +129,9 @@ type File struct {
 	// Blocks are the checksums of its parts, where [BlockBytes] wants them.
 	Blocks *Blocks `json:"blocks,omitempty"`
 }
+
+// OfMapped tells whether a file is needed for mapped memory alone.
+func (f File) OfMapped() bool { return strings.HasPrefix(f.Path, MappedDir+"/") }
 
 // Validate checks version, identifiers and bounds. Errors wrap [ErrCorrupt].
 func (m *Manifest) Validate() error {
@@ -193,25 +196,25 @@ func (m *Manifest) Validate() error {
 // unchanged, and memory-backed volumes, do not count.
 func (m *Manifest) ResidentBytes() (n int64) {
 	for _, f := range m.Files {
-		if isPages(f.Path, ImageDir) {
+		if isPages(f.Path) {
 			n += f.SizeBytes
 		}
 	}
 	return n
 }
 
-// isPages tells whether a file of a checkpoint is in a directory of it and holds memory.
-func isPages(name, dir string) bool {
-	ok, _ := path.Match(dir+"/pages-*.img", name) // the pattern is valid
+// isPages tells whether a file of a checkpoint holds memory.
+func isPages(name string) bool {
+	ok, _ := path.Match(ImageDir+"/pages-*.img", name) // the pattern is valid
 	return ok
 }
 
-// Blocks are the files of the image directory with checksums of their blocks, by their
-// names in it.
+// Blocks are the files with checksums of their blocks, by their names in the
+// image directory.
 func (m *Manifest) Blocks() map[string]File {
 	files := map[string]File{}
 	for _, f := range m.Files {
-		if f.Blocks != nil && path.Dir(f.Path) == ImageDir {
+		if f.Blocks != nil {
 			files[path.Base(f.Path)] = f
 		}
 	}

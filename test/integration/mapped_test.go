@@ -14,6 +14,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/stasis-containers/stasis/pkg/checkpoint"
+	"github.com/stasis-containers/stasis/pkg/checkpoint/criu"
 	"github.com/stasis-containers/stasis/pkg/checkpoint/event"
 )
 
@@ -248,7 +249,7 @@ func TestMappedDamage(t *testing.T) {
 	damage(t, onlyVersion(t, name), "checkpoint/pages-1.img", false, flip)
 	wantNoClone(t, n, name, src, command)
 	// As well the images that are laid out for clones.
-	for _, file := range []string{"mm-1.img", "pages-1.img", "index.json"} {
+	for _, file := range []string{"mm-1.img", "pages-1.img", criu.MappedIndex} {
 		t.Run(file, func(t *testing.T) {
 			n, name := newNode(t), uniqueKey(t)
 			removeTemplate(t, name)

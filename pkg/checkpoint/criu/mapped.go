@@ -1,6 +1,7 @@
 package criu
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,7 +29,8 @@ const (
 	// kernel 200 bytes and CRIU some microseconds, as copying 16 KiB does.
 	minMapped = 16 << 10
 	// maxMappedVMAs bounds the mappings of a process that is restored so. The kernel
-	// allows 65530 (vm.max_map_count), of which the process needs some itself.
+	// allows 65530 (vm.max_map_count), of which the process needs some itself. For up to
+	// half of them CRIU has a descriptor open until all are there (criu/mem.c: open_vmas).
 	maxMappedVMAs = 1 << 14
 	// maxLeft bounds the bytes that are left for CRIU to read, for they are copied.
 	maxLeft = 64 << 20
@@ -72,7 +74,8 @@ type MappedMemory struct {
 	Bytes    uint64 `json:"bytes,omitempty"`
 	Segments int    `json:"segments,omitempty"`
 
-	dir string // as laid out
+	dir    string   // as laid out
+	images []string // in it
 }
 
 // MappedFile is a file of an image directory that a restore is to be given as
@@ -83,19 +86,17 @@ type MappedFile struct {
 	Keys []string `json:"keys"`
 }
 
-// mappedIndex is the file that says what is in a directory for mapped memory.
-const mappedIndex = "index.json"
-
-// mappedRules is raised with each change of what is mapped, or how: what was laid out
-// by other rules is not used.
-const mappedRules = 1
+// MappedIndex is the file that says what is in a directory for mapped memory. The number in
+// it is of the rules by which that was laid out, and is raised with each change of them:
+// what is mapped, how, and whatever else is done to these images before a restore
+// ([RearmTimers], [SetMergeable]), for none of that is done again.
+const MappedIndex = "index-1.json"
 
 // maxMappedIndex bounds the index; each process has a file in it.
 const maxMappedIndex = 8 << 20
 
 // indexOfMapped is the content of the index.
 type indexOfMapped struct {
-	Rules int `json:"rules"`
 	// Reason is why nothing is mapped.
 	Reason string `json:"reason,omitempty"`
 	MappedMemory
@@ -131,26 +132,25 @@ func (r mappedRun) goesOn(next mappedRun) bool {
 // imageDir is mapped, for [OpenMappedMemory], or with the reason why nothing can be. The
 // image directory must hold the images themselves, see [OpenLazyMemory]. After an error
 // the caller removes what there is of dir.
-func LayOutMapped(imageDir, dir string) error {
+func LayOutMapped(ctx context.Context, imageDir, dir string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fmt.Errorf("lay out memory to be mapped: %w", err)
 	}
-	index := indexOfMapped{Rules: mappedRules}
+	var index indexOfMapped
 	l, err := openLayout(imageDir)
-	if errors.Is(err, errdefs.ErrNotImplemented) {
-		index.Reason, err = strings.TrimSuffix(err.Error(), ": "+errdefs.ErrNotImplemented.Error()), nil
-	} else if err == nil {
-		index.MappedMemory = l.MappedMemory
-		err = errors.Join(l.write(dir), l.close())
-	}
 	if err != nil {
-		return err
+		index.Reason = strings.TrimSuffix(err.Error(), ": "+errdefs.ErrNotImplemented.Error())
+	} else {
+		index.MappedMemory = l.MappedMemory
+		if err := errors.Join(l.write(ctx, dir), l.close()); err != nil {
+			return fmt.Errorf("lay out memory to be mapped: %w", err)
+		}
 	}
 	data, err := json.Marshal(index)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, mappedIndex), data, 0o600)
+	return os.WriteFile(filepath.Join(dir, MappedIndex), data, 0o600)
 }
 
 // OpenMappedMemory reads what [LayOutMapped] has made. An error that matches
@@ -158,46 +158,99 @@ func LayOutMapped(imageDir, dir string) error {
 func OpenMappedMemory(dir string) (*MappedMemory, error) {
 	d, err := openImages(dir)
 	if absent(err) {
-		return nil, fmt.Errorf("it was made without images for that: %w", errdefs.ErrNotImplemented)
+		return nil, errNotLaidOut
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
-	f, _, err := openRegular(d.fd, mappedIndex, maxMappedIndex)
+	f, _, err := openRegular(d.fd, MappedIndex, maxMappedIndex)
+	if absent(err) {
+		return nil, errNotLaidOut
+	}
 	if err != nil {
 		return nil, fmt.Errorf("mapped memory: %w", err)
 	}
 	defer f.Close()
-	index := indexOfMapped{MappedMemory: MappedMemory{dir: dir}}
-	if err := json.NewDecoder(f).Decode(&index); err != nil {
-		return nil, d.corrupt(mappedIndex, "%v", err)
+	data, err := io.ReadAll(io.LimitReader(f, maxMappedIndex))
+	if err != nil {
+		return nil, fmt.Errorf("mapped memory: %w", err)
 	}
-	if index.Rules != mappedRules {
-		return nil, fmt.Errorf("it was made by another version of stasis: %w", errdefs.ErrNotImplemented)
+	index := indexOfMapped{MappedMemory: MappedMemory{dir: dir}}
+	if err := json.Unmarshal(data, &index); err != nil {
+		return nil, d.corrupt(MappedIndex, "%v", err)
 	}
 	if index.Reason != "" {
 		return nil, fmt.Errorf("%s: %w", printable([]byte(index.Reason)), errdefs.ErrNotImplemented)
 	}
-	if len(index.Files) == 0 {
-		return nil, d.corrupt(mappedIndex, "no files")
+	m := &index.MappedMemory
+	if err := m.check(d); err != nil {
+		return nil, err
 	}
-	seen := map[string]bool{}
-	for _, f := range index.Files {
-		var id uint32
-		if n, _ := fmt.Sscanf(f.Name, "pages-%d.img", &id); n != 1 || f.Name != pagesName(id) {
-			return nil, d.corrupt(mappedIndex, "file %q", printable([]byte(f.Name)))
+	return m, nil
+}
+
+var errNotLaidOut = fmt.Errorf("it was made without images for that: %w", errdefs.ErrNotImplemented)
+
+// check lists the images, and compares them and the keys with what there has to be. CRIU
+// would look in the container for a file that it is not given.
+func (m *MappedMemory) check(d *images) error {
+	images := map[string]bool{filesImage: true}
+	keys := map[string]bool{} // that are yet to be found
+	for _, f := range m.Files {
+		var id, pid uint32
+		if n, _ := fmt.Sscanf(f.Name, "pages-%d.img", &id); n != 1 || f.Name != pagesName(id) || images[f.Name] {
+			return d.corrupt(MappedIndex, "file %q", printable([]byte(f.Name)))
 		}
-		for _, key := range f.Keys {
-			var pid uint32
-			var i int
-			if n, _ := fmt.Sscanf(key, mappedKey+"%d-%d", &pid, &i); n != 2 || key != keyOf(pid, i) || seen[key] {
-				return nil, d.corrupt(mappedIndex, "key %q", printable([]byte(key)))
+		if len(f.Keys) != descriptors {
+			return d.corrupt(MappedIndex, "%d keys for %s", len(f.Keys), f.Name)
+		}
+		fmt.Sscanf(f.Keys[0], mappedKey+"%d-", &pid)
+		for i, key := range f.Keys {
+			if key != keyOf(pid, i) || keys[key] {
+				return d.corrupt(MappedIndex, "key %q", printable([]byte(key)))
 			}
-			seen[key] = true
+			keys[key] = true
 		}
+		images[f.Name], images[mmName(pid)], images[pagemapName(pid)] = true, true, true
 	}
-	return &index.MappedMemory, checkFiles(d)
+	if len(keys) == 0 {
+		return d.corrupt(MappedIndex, "no files")
+	}
+	names, err := d.names("*")
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if name == MappedIndex {
+			continue
+		}
+		if !images[name] {
+			return d.corrupt(MappedIndex, "%q is none of its files", printable([]byte(name)))
+		}
+		f, _, err := openRegular(d.fd, name, -1)
+		if err != nil {
+			return fmt.Errorf("image: %w", err)
+		}
+		f.Close()
+		m.images = append(m.images, name)
+	}
+	if len(m.images) != len(images) {
+		return d.corrupt(MappedIndex, "of %d images %d are there", len(images), len(m.images))
+	}
+	err = each(d, filesImage, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
+		if key, ok := strings.CutPrefix(e.GetReg().GetName(), "/"); ok && strings.HasPrefix(key, mappedKey) {
+			if !keys[key] {
+				return d.corrupt(filesImage, "file %q", printable([]byte(key)))
+			}
+			delete(keys, key)
+		}
+		return checkFile(e)
+	})
+	if err == nil && len(keys) > 0 {
+		err = d.corrupt(filesImage, "%d files of memory are missing", len(keys))
+	}
+	return err
 }
 
 // Use changes dir, the view of the image directory that [LinkImages] made, into that of
@@ -208,20 +261,11 @@ func OpenMappedMemory(dir string) (*MappedMemory, error) {
 // open_filemap, open_path), and takes one that it was given a descriptor for
 // (criu/files.c: inherited_fd) wherever that lies.
 func (m *MappedMemory) Use(dir string, merge bool) error {
-	d, err := openImages(m.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	names, err := d.names("*.img")
-	if err != nil {
-		return err
-	}
 	target, err := relative(dir, m.dir)
 	if err != nil {
 		return fmt.Errorf("link images: %w", err)
 	}
-	for _, name := range names {
+	for _, name := range m.images {
 		link := filepath.Join(dir, name)
 		if err := errors.Join(os.Remove(link), os.Symlink(filepath.Join(target, name), link)); err != nil {
 			return fmt.Errorf("link images: %w", err)
@@ -275,7 +319,7 @@ func openLayout(imageDir string) (_ *mappedLayout, err error) {
 			continue
 		}
 		t := mappedTask{pid: task.pid, mm: new(mm.MmEntry)}
-		if err := d.one(t.mm, fmt.Sprintf("mm-%d.img", t.pid), magicCommon, magicMM); err != nil {
+		if err := d.one(t.mm, mmName(t.pid), magicCommon, magicMM); err != nil {
 			return nil, err
 		}
 		reason := mustNotMap(t.mm, files)
@@ -319,11 +363,11 @@ func openLayout(imageDir string) (_ *mappedLayout, err error) {
 
 // mappedTask finds the runs that are worth a mapping, and opens their pages.
 func (d *images) mappedTask(t *mappedTask) error {
-	vmas, err := d.lazyVMAs(fmt.Sprintf("mm-%d.img", t.pid), t.mm.GetVmas())
+	vmas, err := d.lazyVMAs(mmName(t.pid), t.mm.GetVmas())
 	if err != nil {
 		return err
 	}
-	name := fmt.Sprintf("pagemap-%d.img", t.pid)
+	name := pagemapName(t.pid)
 	id, size, err := d.presentRuns(name, func(r run, off uint64) error {
 		for addr, end := r.addr, r.addr+r.pages*PageSize; addr < end; {
 			for len(vmas) > 0 && vmas[0].GetEnd() <= addr {
@@ -371,6 +415,9 @@ func (d *images) mappedTask(t *mappedTask) error {
 
 // descriptors is from how many a file is mapped.
 const descriptors = 2
+
+func mmName(pid uint32) string      { return fmt.Sprintf("mm-%d.img", pid) }
+func pagemapName(pid uint32) string { return fmt.Sprintf("pagemap-%d.img", pid) }
 
 // keyOf is the name by which CRIU is given a descriptor for the memory of a process.
 func keyOf(pid uint32, i int) string { return fmt.Sprintf("%s%d-%d", mappedKey, pid, i) }
@@ -451,7 +498,7 @@ func mayHaveBlocks(v *vma.VmaEntry) bool {
 // write writes the images: the mappings and files with those that are mapped, and the
 // few pages that are left for CRIU to read. What [RearmTimers] does, and [SetMergeable]
 // for memory that is not offered, is done here, too.
-func (m *mappedLayout) write(dir string) error {
+func (m *mappedLayout) write(ctx context.Context, dir string) error {
 	to, err := openImages(dir)
 	if err != nil {
 		return err
@@ -467,6 +514,9 @@ func (m *mappedLayout) write(dir string) error {
 		return err
 	}
 	for i := range m.tasks {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		t := &m.tasks[i]
 		for i, key := range t.keys() {
 			id := t.fileID + uint32(i)
@@ -491,7 +541,7 @@ func (t *mappedTask) write(d, to *images) error {
 	for _, v := range e.Vmas {
 		offer(v, false)
 	}
-	if err := to.replace(fmt.Sprintf("mm-%d.img", t.pid), magicMM, e); err != nil {
+	if err := to.replace(mmName(t.pid), magicMM, e); err != nil {
 		return err
 	}
 	return t.writePages(d, to)
@@ -547,7 +597,7 @@ func (t *mappedTask) writePages(d, to *images) (err error) {
 	}
 	out := os.NewFile(uintptr(fd), pages)
 	defer func() { err = errors.Join(err, out.Close()) }()
-	name := fmt.Sprintf("pagemap-%d.img", t.pid)
+	name := pagemapName(t.pid)
 	entries := []proto.Message{&pagemap.PagemapHead{PagesId: &t.pagesID}}
 	buf := make([]byte, 256<<10)
 	add := func(addr, size uint64, flags uint32, off uint64) error {

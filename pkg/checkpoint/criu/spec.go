@@ -471,15 +471,17 @@ func (l *limits) runtimeMount(e *mnt.MntEntry, at string, dest map[string]specs.
 // checkFiles refuses names of files that climb out of where they begin.
 func checkFiles(d *images) error {
 	const name = "files.img"
-	return each(d, name, magicFiles, new(fdinfo.FileEntry), func(e *fdinfo.FileEntry) error {
-		if p := e.GetReg().GetName(); hasDotDot(p) {
-			return exceeds("container", "open file", "%q contains \"..\"", printable([]byte(p)))
-		}
-		if p := string(e.GetUsk().GetName()); strings.HasPrefix(p, "/") && hasDotDot(strings.TrimRight(p, "\x00")) {
-			return exceeds("container", "unix socket", "%q contains \"..\"", printable([]byte(p)))
-		}
-		return nil
-	})
+	return each(d, name, magicFiles, new(fdinfo.FileEntry), checkFile)
+}
+
+func checkFile(e *fdinfo.FileEntry) error {
+	if p := e.GetReg().GetName(); hasDotDot(p) {
+		return exceeds("container", "open file", "%q contains \"..\"", printable([]byte(p)))
+	}
+	if p := string(e.GetUsk().GetName()); strings.HasPrefix(p, "/") && hasDotDot(strings.TrimRight(p, "\x00")) {
+		return exceeds("container", "unix socket", "%q contains \"..\"", printable([]byte(p)))
+	}
+	return nil
 }
 
 func hasDotDot(p string) bool { return slices.Contains(strings.Split(p, "/"), "..") }
