@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -72,6 +73,9 @@ func TestMapped(t *testing.T) {
 	removeTemplate(t, name)
 	command := warm(mb, 20, "-XX:+UseSerialGC", "-Xmx160m", "-Dwarm.block=8")
 	source, src := warmTemplate(t, n, name, command)
+	if out := run(t, "stasis", "template", "inspect", "default/"+name); !regexp.MustCompile(`Mapped memory: +[0-9.]+ MiB in [0-9]+ mappings`).MatchString(out) {
+		t.Errorf("inspect:\n%s", out)
+	}
 
 	var clones []*ctr
 	for range 4 {
