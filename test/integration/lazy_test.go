@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -446,6 +447,78 @@ func TestLazyKill9(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestLazyStartHangs: the holder dies, and the restore does not end by itself, for runc
+// hangs. The tasks, which wait for memory that nobody fills any more, are killed; when runc
+// goes on, so does the start.
+func TestLazyStartHangs(t *testing.T) {
+	const processes = 2
+	n := newNode(t)
+	for range 5 {
+		key := uniqueKey(t)
+		marker := "marker-" + key
+		command := patterned(100, processes, false, marker)
+		dumped(t, n, key, command, processes)
+		p := n.runPod(key, annotate(key))
+		c, err := p.tryCreate("c", "python", command)
+		if err != nil {
+			t.Fatal(err)
+		}
+		struck := make(chan error, 1)
+		go func() {
+			for end := time.Now().Add(deadline / 2); len(withCommand(marker)) == 0 && time.Now().Before(end); {
+			}
+			var stopped []int
+			for _, pid := range withCommand("\x00restore\x00") {
+				if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && strings.Contains(string(b), c.id) {
+					syscall.Kill(pid, syscall.SIGSTOP)
+					stopped = append(stopped, pid)
+				}
+			}
+			for _, pid := range holders() {
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
+			err := errors.New("the tasks live")
+			for end := time.Now().Add(time.Duration(15*slow) * time.Second); err != nil && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+				if len(withCommand(marker)) == 0 {
+					err = nil
+				}
+			}
+			for _, pid := range stopped {
+				syscall.Kill(pid, syscall.SIGCONT)
+			}
+			struck <- err
+		}()
+		if err := errors.Join(c.tryStart(), <-struck); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile("/var/log/containerd.log")
+		if err != nil {
+			t.Fatal(err)
+		}
+		hung := false
+		for line := range strings.Lines(string(b)) {
+			hung = hung || strings.Contains(line, "the restore does not end without its pager") && strings.Contains(line, c.id)
+		}
+		c.wantNoLoss()
+		if !hung { // runc was faster
+			p.remove()
+			wantNoneLeft(t, marker)
+			continue
+		}
+		eventually(t, "quarantine of the checkpoint", func() error { // by the pager, or by CRIU where it was not through
+			if es := events(t, key); !slices.ContainsFunc(es, func(e event.Event) bool { return e.Type == event.Quarantined }) {
+				return fmt.Errorf("events %+v", es)
+			}
+			return nil
+		})
+		p.remove()
+		wantNoneLeft(t, marker)
+		wantNoRecord(t, key)
+		return
+	}
+	t.Error("no restore was struck before its end")
 }
 
 func lazyFault(t *testing.T, n *node, victim, key string, outcome map[string]int) {

@@ -138,11 +138,16 @@ func LayOutMapped(ctx context.Context, imageDir, dir string) error {
 	}
 	var index indexOfMapped
 	l, err := openLayout(imageDir)
-	if err != nil {
-		index.Reason = strings.TrimSuffix(err.Error(), ": "+errdefs.ErrNotImplemented.Error())
-	} else {
+	if err == nil {
 		index.MappedMemory = l.MappedMemory
-		if err := errors.Join(l.write(ctx, dir), l.close()); err != nil {
+		err = errors.Join(l.write(ctx, dir), l.close())
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil { // of whatever kind: who looks for it is told, and does not try again
+		index = indexOfMapped{Reason: strings.TrimSuffix(err.Error(), ": "+errdefs.ErrNotImplemented.Error())}
+		if err := errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700)); err != nil {
 			return fmt.Errorf("lay out memory to be mapped: %w", err)
 		}
 	}

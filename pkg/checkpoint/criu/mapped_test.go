@@ -2,8 +2,10 @@ package criu
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -322,6 +324,29 @@ func TestOpenMappedMemory(t *testing.T) {
 				t.Errorf("%v, want %v with %q", err, tc.want, tc.text)
 			}
 		})
+	}
+}
+
+// TestLayOutFails: nothing of what could not be written is left, but the reason.
+func TestLayOutFails(t *testing.T) {
+	images := jvmImages(t)
+	// Both processes have the same file of pages, which can be written once.
+	data, err := os.ReadFile(filepath.Join(images, "pagemap-7.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(images, "pagemap-1.img"), data)
+	dir := layOut(t, images)
+	if _, err := OpenMappedMemory(dir); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "pages-3.img") {
+		t.Error(err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 || entries[0].Name() != MappedIndex {
+		t.Errorf("%v, %v", entries, err)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(io.ErrClosedPipe)
+	if err := LayOutMapped(ctx, images, filepath.Join(t.TempDir(), "mapped")); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("given up: %v", err)
 	}
 }
 
