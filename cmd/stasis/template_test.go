@@ -111,11 +111,11 @@ func TestTemplates(t *testing.T) {
 	if err := json.Unmarshal([]byte(s.must("template", "ls", "-o", "json")), &list); err != nil || len(list) != 3 || !list[0].Newest || list[1].Newest || list[1].Manifest == nil {
 		t.Errorf("%+v, %v", list, err)
 	}
-	if out := s.must("template", "inspect", "default/shop"); !strings.Contains(out, v2) || !strings.Contains(out, "Template:") || !strings.Contains(out, "Mappings") {
-		t.Errorf("inspect:\n%s", out)
-	}
-	if out := s.must("template", "inspect", "default/shop"); !strings.Contains(out, "not possible: it was made without images for that") {
-		t.Errorf("inspect:\n%s", out)
+	out = s.must("template", "inspect", "default/shop")
+	for _, want := range []string{v2, "Template:", "Mappings", "not possible: it was made without images for that"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("inspect: no %q in\n%s", want, out)
+		}
 	}
 	if out := s.must("template", "inspect", "default/shop@"+v1[:20]); !strings.Contains(out, v1) {
 		t.Errorf("inspect a version:\n%s", out)

@@ -204,8 +204,10 @@ func (r *Request) lay(ctx context.Context, plan *Plan) error {
 	if err := criu.LinkImages(images, r.ImageDir); err != nil {
 		return err
 	}
-	if err := criu.RearmTimers(images, r.ImageDir); err != nil {
-		return err
+	if r.Mapped == nil { // else they were when its images were laid out
+		if err := criu.RearmTimers(images, r.ImageDir); err != nil {
+			return err
+		}
 	}
 	// The processes of a user namespace would own what is in them; and the path goes
 	// into a configuration file.

@@ -18,27 +18,36 @@ const runtimeDir = "/run/stasis"
 
 var fullLine = regexp.MustCompile(`(faults|hot_ranges)=(\d+)`)
 
+// shimLines are the lines with a text that the container's shim has logged.
+func (c *ctr) shimLines(text string) (lines []string) {
+	c.p.n.t.Helper()
+	b, err := os.ReadFile("/var/log/containerd.log")
+	if err != nil {
+		c.p.n.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if strings.Contains(line, text) && strings.Contains(line, "container_id="+c.id) {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
 // waitFull waits for the shim's line that the container's memory is full, and
 // returns what it tells.
 func (c *ctr) waitFull() (faults, hotRanges int) {
 	c.p.n.t.Helper()
 	eventually(c.p.n.t, "the shim's line that memory is full", func() error {
-		b, err := os.ReadFile("/var/log/containerd.log")
-		if err != nil {
-			return err
+		lines := c.shimLines(`msg="memory is full"`)
+		if len(lines) == 0 {
+			return fmt.Errorf("none of container %s", c.id)
 		}
-		for line := range strings.Lines(string(b)) {
-			if !strings.Contains(line, `msg="memory is full"`) || !strings.Contains(line, "container_id="+c.id) {
-				continue
-			}
-			values := map[string]int{}
-			for _, m := range fullLine.FindAllStringSubmatch(line, -1) {
-				values[m[1]], _ = strconv.Atoi(m[2])
-			}
-			faults, hotRanges = values["faults"], values["hot_ranges"]
-			return nil
+		values := map[string]int{}
+		for _, m := range fullLine.FindAllStringSubmatch(lines[0], -1) {
+			values[m[1]], _ = strconv.Atoi(m[2])
 		}
-		return fmt.Errorf("none of container %s", c.id)
+		faults, hotRanges = values["faults"], values["hot_ranges"]
+		return nil
 	})
 	return faults, hotRanges
 }

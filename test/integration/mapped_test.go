@@ -182,7 +182,7 @@ func TestMappedOtherwise(t *testing.T) {
 		source.remove()
 		dir := onlyVersion(t, name)
 		m := readManifest(t, dir)
-		m.Files = slices.DeleteFunc(m.Files, func(f checkpoint.File) bool { return strings.HasPrefix(f.Path, checkpoint.MappedDir+"/") })
+		m.Files = slices.DeleteFunc(m.Files, checkpoint.File.OfMapped)
 		b, err := m.Encode()
 		if err := errors.Join(err, os.WriteFile(filepath.Join(dir, checkpoint.ManifestFile), b, 0o600), os.RemoveAll(filepath.Join(dir, checkpoint.MappedDir))); err != nil {
 			t.Fatal(err)

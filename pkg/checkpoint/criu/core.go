@@ -137,7 +137,7 @@ func (c *coreFile) Close() {
 
 // collect reads all but the pages.
 func (c *coreFile) collect(ctx context.Context) error {
-	name := fmt.Sprintf("mm-%d.img", c.t.pid)
+	name := mmName(c.t.pid)
 	if err := c.d.one(&c.mm, name, magicCommon, magicMM); err != nil {
 		return err
 	}
@@ -266,7 +266,7 @@ func (c *coreFile) content(v *vma.VmaEntry, file *namedFile) ([]piece, error) {
 		}
 		shmem = uint64(file.shmem)
 	default:
-		src, err := c.source(fmt.Sprintf("pagemap-%d.img", c.t.pid))
+		src, err := c.source(pagemapName(c.t.pid))
 		if src == nil {
 			return nil, err
 		}
@@ -274,7 +274,7 @@ func (c *coreFile) content(v *vma.VmaEntry, file *namedFile) ([]piece, error) {
 	}
 	from, size := v.GetPgoff(), v.GetEnd()-v.GetStart()
 	if from%PageSize != 0 || from > maxAddress-size {
-		return nil, c.d.corrupt(fmt.Sprintf("mm-%d.img", c.t.pid), "mapping at %#x: offset %#x", v.GetStart(), from)
+		return nil, c.d.corrupt(mmName(c.t.pid), "mapping at %#x: offset %#x", v.GetStart(), from)
 	}
 	// Content of files that are mapped shared is not in the images, but CRIU
 	// keeps shared memory, which has no other place, in pages that are counted

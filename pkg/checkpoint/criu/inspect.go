@@ -232,7 +232,7 @@ func (d *images) process(t *task, files *fileTable) (Process, error) {
 
 // mappings fills in what mm-PID.img and pagemap-PID.img say.
 func (d *images) mappings(p *Process, files *fileTable) error {
-	name := fmt.Sprintf("mm-%d.img", p.PID)
+	name := mmName(p.PID)
 	var e mm.MmEntry
 	if err := d.one(&e, name, magicCommon, magicMM); err != nil {
 		return err
@@ -274,7 +274,7 @@ func (d *images) mappings(p *Process, files *fileTable) error {
 		p.Mappings = append(p.Mappings, m)
 	}
 	i := 0
-	_, err := d.pagemap(fmt.Sprintf("pagemap-%d.img", p.PID), func(r run) error {
+	_, err := d.pagemap(pagemapName(p.PID), func(r run) error {
 		if r.flags&(pagePresent|pageParent) == 0 {
 			return nil
 		}

@@ -259,8 +259,9 @@ func (m *MappedMemory) check(d *images) error {
 }
 
 // Use changes dir, the view of the image directory that [LinkImages] made, into that of
-// a restore with mapped memory: it links what was laid out. [RearmTimers] and [SetMergeable]
-// must come before; with merge, memory that is not mapped is offered for merging.
+// a restore with mapped memory: it links what was laid out, with the timers rearmed
+// ([RearmTimers]). [SetMergeable], for processes of which nothing is mapped, must come
+// before; with merge, memory that is not mapped is offered for merging.
 //
 // CRIU maps files for private mappings as it does for libraries (criu/files-reg.c:
 // open_filemap, open_path), and takes one that it was given a descriptor for
@@ -420,9 +421,6 @@ func (d *images) mappedTask(t *mappedTask) error {
 
 // descriptors is from how many a file is mapped.
 const descriptors = 2
-
-func mmName(pid uint32) string      { return fmt.Sprintf("mm-%d.img", pid) }
-func pagemapName(pid uint32) string { return fmt.Sprintf("pagemap-%d.img", pid) }
 
 // keyOf is the name by which CRIU is given a descriptor for the memory of a process.
 func keyOf(pid uint32, i int) string { return fmt.Sprintf("%s%d-%d", mappedKey, pid, i) }

@@ -218,7 +218,7 @@ func testMappedMemory(t *testing.T, images string) {
 	}
 	for _, merge := range []bool{false, true} {
 		view := viewOf(t, images)
-		if err := errors.Join(RearmTimers(images, view), SetMergeable(images, view, merge), m.Use(view, merge)); err != nil {
+		if err := errors.Join(SetMergeable(images, view, merge), m.Use(view, merge)); err != nil {
 			t.Fatal(err)
 		}
 		view = followed(t, view)

@@ -104,7 +104,7 @@ func OpenLazyMemory(imageDir string) (_ *LazyMemory, err error) {
 // lazyTask reads a process's runs, at most limit of them, and opens its pages.
 func (d *images) lazyTask(t *LazyTask, limit int) error {
 	var e mm.MmEntry
-	name := fmt.Sprintf("mm-%d.img", t.PID)
+	name := mmName(t.PID)
 	if err := d.one(&e, name, magicCommon, magicMM); err != nil {
 		return err
 	}
@@ -112,7 +112,7 @@ func (d *images) lazyTask(t *LazyTask, limit int) error {
 	if err != nil {
 		return err
 	}
-	name = fmt.Sprintf("pagemap-%d.img", t.PID)
+	name = pagemapName(t.PID)
 	id, size, err := d.presentRuns(name, func(r run, off uint64) error {
 		if r.flags&pageLazy == 0 {
 			return nil
@@ -185,7 +185,9 @@ func (d *images) openPages(id uint32, pagemap string, size uint64) (*os.File, in
 	return f, have, nil
 }
 
-func pagesName(id uint32) string { return fmt.Sprintf("pages-%d.img", id) }
+func pagesName(id uint32) string    { return fmt.Sprintf("pages-%d.img", id) }
+func pagemapName(pid uint32) string { return fmt.Sprintf("pagemap-%d.img", pid) }
+func mmName(pid uint32) string      { return fmt.Sprintf("mm-%d.img", pid) }
 
 // lazyVMAs checks the mappings and leaves out what is none of its own.
 func (d *images) lazyVMAs(name string, vmas []*vma.VmaEntry) ([]*vma.VmaEntry, error) {
